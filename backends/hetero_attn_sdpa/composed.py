@@ -1,0 +1,36 @@
+"""The composed route: attention in plain torch with fp32 (fp64) arithmetic, for one chunk of query rows at a time.
+
+Slower than a fused kernel, but it expresses everything the project defines, has gradients, and runs on any torch device.
+The query heads of a group are folded into rows, so grouped keys and values are multiplied without being repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hetero_attn.spec import AttentionSpec
+
+NEG_INF = float("-inf")
+
+
+def composed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, bias: torch.Tensor | None, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv] all in the arithmetic dtype; bias (bool: True = attend; or float)
+    broadcastable to [B, Hq, Sq, Skv]; sinks [Hq] -> out [B, Hq, Sq, Dv], lse [B, Hq, Sq], both in the arithmetic dtype.
+    """
+    B, Hq, Sq, D = q.shape
+    Hkv, Skv = k.shape[1], k.shape[2]
+    folded = (B, Hkv, (Hq // Hkv) * Sq)
+    scores = torch.matmul(q.reshape(*folded, D) * spec.scale, k.transpose(-1, -2)).view(B, Hq, Sq, Skv)
+    if spec.softcap:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    if bias is not None:
+        scores = torch.where(bias, scores, NEG_INF) if bias.dtype == torch.bool else scores + bias
+    lse = torch.logsumexp(scores, dim=-1)                               # [B, Hq, Sq]; -inf where nothing is seen
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(scores.dtype)[None, :, None])
+    floor = torch.where(lse == NEG_INF, 0.0, lse)                       # an empty row: exp(-inf - 0) = 0, not NaN
+    weights = torch.exp(scores - floor[..., None])
+    out = torch.matmul(weights.view(*folded, Skv), v).view(B, Hq, Sq, v.shape[-1])
+    return out, lse

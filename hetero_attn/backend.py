@@ -1,0 +1,92 @@
+"""What a backend must say and do. Copy backends/hetero_attn_sdpa to write one; docs/add_a_backend.md walks through it.
+
+A backend objects in words, not booleans: an empty list of reasons means that the call runs. Reasons carry the value
+that was asked, the bound that stands against it, and what to do, because they are all that the user gets to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hetero_attn.spec import AttentionSpec, Operands
+
+if TYPE_CHECKING:
+    from hetero_attn.communicator import Communicator
+    from hetero_attn.profile import DeviceProfile
+
+
+class UnsupportedError(RuntimeError):
+    """No backend that was asked may run this call. The text holds every reason; `.reasons` maps backend name to its list."""
+
+    def __init__(self, message: str, reasons: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = {name: list(lines) for name, lines in (reasons or {}).items()}
+
+
+class Backend:
+    """A hardware family's implementations. Import cupy, triton, torch_npu and the like inside __init__, never at module level.
+
+    A package `hetero_attn_<name>` exposes the attribute `backend`: a callable without arguments that returns an instance.
+    """
+
+    name: str = ""
+
+    # (optional) False promises that unsupported_reasons() never looks at batch, q_len, kv_len or total_q beyond
+    # "is it 0", "is it 1" and "is q_len less than, equal to or more than kv_len". Then one decision serves a whole decode
+    # loop while the cache grows; the conformance suite holds a backend to the promise.
+    judges_lengths: bool = True
+
+    def unavailable_reasons(self) -> list[str]:
+        """Why nothing of this backend runs on this machine (driver, architecture, compiler, a failed probe); [] = it does.
+
+        Compute it once and keep it. "Available" means that a tiny real call worked, not that an import did.
+        """
+        return []
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        """Why this call cannot run here; [] = it runs. Cheap, touches no tensor, and answers without the device too."""
+        raise NotImplementedError(f"backend {self.name!r} must say what it supports")
+
+    def remarks(self, spec: AttentionSpec) -> list[str]:
+        """(optional) What the user should know about a call that runs: a slow route, for example. Shown by explain."""
+        return []
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a call for which both lists of reasons are empty.
+
+        Dense: q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv] as views with any strides, whatever spec.layout;
+        returns out [B, Hq, Sq, Dv] in q's dtype and lse [B, Hq, Sq] in fp32 (fp64 for fp64), or None unless spec.return_lse.
+        Varlen: q [Tq, Hq, D]; k, v [Tk, Hkv, D] or pages [num_blocks, page_size, Hkv, D]; out [Tq, Hq, Dv], lse [Hq, Tq].
+        Arguments have been checked. Inputs are never written. The semantics are hetero_attn/reference.py's, to the letter.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no attention")
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(optional) x [T, K] times weight [N, K] transposed, plus bias [N], into out [T, N] when given."""
+        result = torch.nn.functional.linear(x, weight, bias)
+        return result if out is None else out.copy_(result)
+
+    def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
+        """(optional) A communicator that wraps `base`, the torch.distributed one; or the reasons why there is none."""
+        return [f"backend {self.name!r} has no communicator of its own"]
+
+
+class AbsentBackend(Backend):
+    """Stands in for a backend whose package is missing or fails to import: a reason instead of a crash."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self._reason = reason
+
+    def unavailable_reasons(self) -> list[str]:
+        return [self._reason]
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        return []

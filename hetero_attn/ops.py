@@ -1,0 +1,194 @@
+"""attention() and attention_varlen(): arguments → spec → backend → result.
+
+What a call's arguments say about themselves (shapes, dtypes, options) is checked and decided once and remembered as a plan;
+repeating the call costs one dictionary look-up. Eager calls go straight to the backend. Whatever traces or rewrites operators
+(torch.compile, export, fake tensors, dispatch modes) sees one opaque operator, registered in hetero_attn/library.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hetero_attn import registry
+from hetero_attn.arguments import check_lengths, dense_spec, varlen_spec
+from hetero_attn.backend import Backend
+from hetero_attn.spec import AttentionSpec, Operands
+
+_PLANS_KEPT = 4096
+
+
+class _Plan(NamedTuple):
+    spec: AttentionSpec
+    backend: Backend
+
+
+_plans: dict[tuple, _Plan] = {}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)             # anything else is a subclass that may be tracing
+_NO_OPERANDS = Operands()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    layout: str = "bhsd",
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention, causal and windowed BOTTOM-RIGHT: query i stands at key i + Skv - Sq (torch's is_causal: top-left when Sq != Skv).
+
+    q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv] of one dtype and device, Hq a multiple of Hkv; layout="bshd" for
+    [B, S, H, D]. Returns out [B, Hq, Sq, Dv] (in the layout) in q's dtype; with return_lse also lse [B, Hq, Sq], fp32 (fp64 for
+    fp64), natural log, without gradient.
+
+    In this order: s = scale * q @ k.T (scale: 1/sqrt(D)); softcap * tanh(s / softcap); minus alibi_slopes * |distance| (fp32 [Hq]
+    or [B, Hq]); plus a float attn_mask (any float dtype, added in fp32; finfo.min is a number, not -inf); then only keys that are
+    within causality AND window AND a bool attn_mask (True = attend) are kept. sinks [Hq] join the softmax's denominator and the
+    lse, nothing else. attn_mask broadcasts to [B, Hq, Sq, Skv] whatever the layout. window_size = (left, right), inclusive,
+    -1 = unlimited: a model's "sliding window W" is left = W - 1. A row that sees no key gives zeros and lse = -inf (or its sink).
+
+    `backend` names one: it runs or raises. Otherwise use_backend(), HETERO_ATTN_BACKEND or the profile's list decides.
+
+    Raises ValueError or TypeError for arguments that do not fit together, UnsupportedError when no backend asked runs the call,
+    UnknownBackendError for a name nothing answers to.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _is_traced(q):
+        out, lse = torch.ops.hetero_attn.attention(
+            q, k, v, attn_mask, alibi_slopes, sinks, is_causal, scale, window_size, softcap, return_lse, layout, backend
+        )
+        return (out, lse) if return_lse else out
+    return run_dense(
+        q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, backend,
+        torch.is_grad_enabled() and _wants_grad(q, k, v, attn_mask, alibi_slopes, sinks),
+    )
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    block_table: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """attention() over B packed sequences, each its own BOTTOM-RIGHT problem: its last query stands at its last key.
+
+    q [Tq, Hq, D]; cu_seqlens_q [B+1] int32, cumulative lengths from 0 to Tq. Keys either packed, k [Tk, Hkv, D] and
+    v [Tk, Hkv, Dv] with cu_seqlens_k; or paged, k and v [num_blocks, block_size, Hkv, D] with block_table [B, max_blocks] int32
+    and lengths seqused_k [B] int32 (cu_seqlens_k is then None; table entries beyond a length are never read).
+    max_seqlen_q and max_seqlen_k bound the lengths. Returns out [Tq, Hq, Dv]; with return_lse also lse [Hq, Tq].
+
+    The options mean what they mean in attention(); alibi_slopes [B, Hq] has a row a sequence. Raises as attention() does; lengths
+    that contradict each other are found on CPU tensors only (device tensors are not synchronised for a check).
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _is_traced(q):
+        out, lse = torch.ops.hetero_attn.attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, alibi_slopes, sinks,
+            is_causal, scale, window_size, softcap, return_lse, backend,
+        )
+        return (out, lse) if return_lse else out
+    return run_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, is_causal, scale, window_size,
+        softcap, alibi_slopes, sinks, return_lse, backend, torch.is_grad_enabled() and _wants_grad(q, k, v, None, alibi_slopes, sinks),
+    )
+
+
+def run_dense(q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, backend, needs_grad):
+    """attention() once nothing traces: plan, run, give back out or (out, lse)."""
+    try:
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, is_causal, scale, window_size,
+            softcap, return_lse, layout, needs_grad, registry.choice(backend), _shape_of(attn_mask), _shape_of(alibi_slopes),
+            _shape_of(sinks),
+        )
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):                 # an argument is no tensor, or unhashable: the checks name it or take it
+        key = plan = None
+    if plan is None:
+        spec = dense_spec(
+            q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, needs_grad
+        )
+        plan = _remember(key, spec, backend)
+    spec, chosen = plan
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    plain = attn_mask is None and alibi_slopes is None and sinks is None
+    operands = _NO_OPERANDS if plain else Operands(attn_mask, alibi_slopes, sinks)
+    if layout == "bshd":
+        out, lse = chosen.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spec, operands)
+        out = out.transpose(1, 2)
+    else:
+        out, lse = chosen.attention(q, k, v, spec, operands)
+    return (out, lse) if return_lse else out
+
+
+def run_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, is_causal, scale, window_size, softcap,
+    alibi_slopes, sinks, return_lse, backend, needs_grad,
+):
+    """attention_varlen() once nothing traces: plan, check the lengths' values, run, give back out or (out, lse)."""
+    try:
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, _shape_of(cu_seqlens_q),
+            _shape_of(cu_seqlens_k), max_seqlen_q, max_seqlen_k, _shape_of(block_table), _shape_of(seqused_k), is_causal, scale,
+            window_size, softcap, return_lse, needs_grad, registry.choice(backend), _shape_of(alibi_slopes), _shape_of(sinks),
+        )
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):
+        key = plan = None
+    if plan is None:
+        spec = varlen_spec(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, is_causal, scale, window_size,
+            softcap, alibi_slopes, sinks, return_lse, needs_grad,
+        )
+        plan = _remember(key, spec, backend)
+    spec, chosen = plan
+    if spec.device == "cpu":
+        check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
+    operands = Operands(None, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
+    out, lse = chosen.attention(q, k, v, spec, operands)
+    return (out, lse) if return_lse else out
+
+
+def _remember(key: tuple | None, spec: AttentionSpec, backend: str | None) -> _Plan:
+    plan = _Plan(spec, registry.select(spec, registry.chosen_name(backend)))
+    if key is not None:
+        if len(_plans) >= _PLANS_KEPT:                  # emptied when full: a plan is cheaper to make than to age
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _is_traced(q) -> bool:
+    return type(q) not in _PLAIN and isinstance(q, torch.Tensor)
+
+
+def _shape_of(tensor: torch.Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and getattr(tensor, "requires_grad", False) for tensor in tensors)

@@ -1,0 +1,246 @@
+"""Which backend runs a call, and why not the others.
+
+Backends are found by name (modules `hetero_attn_<name>`, entry points `hetero_attn.backends`) and imported only when asked
+for. Precedence: the call's argument, then use_backend(), then HETERO_ATTN_BACKEND, then the profile's list in its order.
+A backend that is named runs or raises; only the profile's list falls through, and says so once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import itertools
+import logging
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
+
+from hetero_attn.backend import AbsentBackend, Backend, UnsupportedError
+from hetero_attn.profile import DeviceProfile, load_profile
+from hetero_attn.reference import ReferenceBackend
+from hetero_attn.spec import AttentionSpec
+
+PREFIX = "hetero_attn_"
+ENTRY_POINT_GROUP = "hetero_attn.backends"
+log = logging.getLogger("hetero_attn")
+
+_registered: dict[str, Callable[[], Backend]] = {"reference": ReferenceBackend}
+_instances: dict[str, Backend] = {}
+_forced_backend: ContextVar[str | None] = ContextVar("hetero_attn_backend", default=None)
+_forced_profile: ContextVar[_Forced | None] = ContextVar("hetero_attn_profile", default=None)
+_serial = itertools.count(1)
+_device_profiles: dict[tuple[str, str | None, str | None], DeviceProfile] = {}
+_decisions: dict[tuple, tuple[DeviceProfile, Backend]] = {}
+_DECISIONS_KEPT = 1024
+_logged: set[tuple] = set()
+generation = 0                    # moves when a backend is registered or removed: decisions made before it are void
+
+
+class _Forced(NamedTuple):
+    """What use_profile() set, under a number of its own: plans are remembered by the number, not by hashing a whole profile."""
+
+    serial: int
+    profile: DeviceProfile
+
+
+class UnknownBackendError(ValueError):
+    """A backend was asked for by a name that nothing answers to."""
+
+
+@cache
+def _found() -> dict[str, Callable[[], Backend]]:
+    """Name -> import function, for every module and entry point on this machine; nothing is imported yet."""
+    found: dict[str, Callable[[], Backend]] = {}
+    for module in pkgutil.iter_modules():
+        if module.name.startswith(PREFIX):
+            found[module.name.removeprefix(PREFIX)] = lambda name=module.name: importlib.import_module(name).backend()
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(point.name, lambda point=point: point.load()())
+    return found
+
+
+def names() -> list[str]:
+    """Every backend that can be named on this machine, importable or broken, in alphabetical order with 'reference' last."""
+    return sorted({*_found(), *_registered} - {"reference"}) + ["reference"]
+
+
+def get(name: str) -> Backend:
+    """The backend of that name. One that fails to import is returned as a backend that is unavailable, with the reason.
+
+    Raises UnknownBackendError, which lists the known names.
+    """
+    instance = _instances.get(name)
+    if instance is not None:
+        return instance
+    factory = _registered.get(name) or _found().get(name)
+    if factory is None:
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UnknownBackendError(
+            f"unknown backend {name!r}: {hint}known here: {', '.join(names())}; a package {PREFIX}{name} on the Python path would add it"
+        )
+    try:
+        instance = factory()
+    except Exception as error:  # a broken import becomes a reason, whatever broke it
+        instance = AbsentBackend(name, f"package {PREFIX}{name} does not import: {type(error).__name__}: {error}")
+    _instances[name] = instance
+    return instance
+
+
+def find(name: str) -> Backend:
+    """Like get(), but a name nothing answers to is an absent backend: what a profile's list means by it."""
+    try:
+        return get(name)
+    except UnknownBackendError:
+        return AbsentBackend(name, f"no package {PREFIX}{name} is installed or on the Python path")
+
+
+@contextmanager
+def register(name: str, factory: Callable[[], Backend]) -> Iterator[None]:
+    """Add a backend for the length of a `with` block: emulated backends and tests. Backends of a package need no registering."""
+    global generation
+    if name in _registered or name in _found():
+        raise ValueError(f"backend {name!r} exists already; known: {', '.join(names())}")
+    _registered[name] = factory
+    generation += 1
+    try:
+        yield
+    finally:
+        _registered.pop(name)
+        _instances.pop(name, None)
+        generation += 1
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Every attention call of this thread or task inside the block runs on backend `name`, or raises. None lifts an outer block.
+
+    Raises UnknownBackendError at once.
+    """
+    if name is not None:
+        get(name)
+    token = _forced_backend.set(name)
+    try:
+        yield
+    finally:
+        _forced_backend.reset(token)
+
+
+@contextmanager
+def use_profile(profile: DeviceProfile | str | os.PathLike | None) -> Iterator[DeviceProfile | None]:
+    """Calls inside the block choose by this profile (a name, a path or a DeviceProfile) instead of the detected one."""
+    loaded = None if profile is None else load_profile(profile)
+    token = _forced_profile.set(None if loaded is None else _Forced(next(_serial), loaded))
+    try:
+        yield loaded
+    finally:
+        _forced_profile.reset(token)
+
+
+def current_profile(device: str) -> DeviceProfile:
+    """The profile that chooses for tensors on `device`: use_profile()'s, else HETERO_ATTN_PROFILE's, else the detected one."""
+    forced = _forced_profile.get()
+    if forced is not None:
+        return forced.profile
+    key = (device, os.environ.get("HETERO_ATTN_PROFILE"), os.environ.get("HETERO_ATTN_SET"))
+    profile = _device_profiles.get(key)
+    if profile is None:
+        profile = _device_profiles[key] = load_profile(None, device=device)
+    return profile
+
+
+def chosen_name(argument: str | None) -> str | None:
+    """The backend that is asked for by name, by precedence; None = the profile decides."""
+    return argument or _forced_backend.get() or os.environ.get("HETERO_ATTN_BACKEND") or None
+
+
+def choice(argument: str | None) -> tuple:
+    """Everything outside a call's own arguments that its choice depends on, hashable: two calls that agree on it choose alike."""
+    forced = _forced_profile.get()
+    environ = os.environ.get
+    return (
+        argument, _forced_backend.get(), environ("HETERO_ATTN_BACKEND"), None if forced is None else forced.serial,
+        environ("HETERO_ATTN_PROFILE"), generation,
+    )
+
+
+def objections(backend: Backend, spec: AttentionSpec) -> list[str]:
+    """Everything that stands against running `spec` on `backend` here; [] = it runs."""
+    return [*backend.unavailable_reasons(), *backend.unsupported_reasons(spec)]
+
+
+def select(spec: AttentionSpec, name: str | None = None) -> Backend:
+    """The backend that runs `spec`. `name` is chosen_name()'s answer. Raises UnsupportedError, UnknownBackendError, ProfileError."""
+    if name is not None:
+        backend = get(name)
+        reasons = objections(backend, spec)
+        if reasons:
+            raise UnsupportedError(_refusal(f"backend {name!r} cannot run this attention", spec, {name: reasons}), {name: reasons})
+        return backend
+    profile = current_profile(spec.device)
+    key = _length_free(spec, profile)
+    decided = _decisions.get(key)
+    if decided is not None:
+        return decided[1]
+    backend, exact = _first_without_objection(spec, profile)
+    if not exact:
+        if len(_decisions) >= _DECISIONS_KEPT:          # emptied when full: a decision is cheaper to make than to age
+            _decisions.clear()
+        _decisions[key] = profile, backend              # holding the profile keeps its id() from being given away
+    return backend
+
+
+def _length_free(spec: AttentionSpec, profile: DeviceProfile) -> tuple:
+    """Everything a backend may look at that promises not to judge lengths, plus the profile and the registry's generation."""
+    q_len, kv_len = spec.q_len, spec.kv_len
+    return (
+        generation, id(profile), spec.device, spec.dtype, spec.q_heads, spec.kv_heads, spec.head_dim, spec.v_head_dim,
+        spec.is_causal, spec.scale, spec.window_size, spec.softcap, spec.alibi, spec.mask, spec.sinks, spec.return_lse,
+        spec.layout, spec.needs_grad, spec.varlen, spec.page_size,
+        min(spec.batch, 2), min(q_len, 2), min(kv_len, 2), (q_len > kv_len) - (q_len < kv_len), min(spec.total_q, 2),
+    )
+
+
+def _first_without_objection(spec: AttentionSpec, profile: DeviceProfile) -> tuple[Backend, bool]:
+    """The profile's first backend without objection, and whether that answer holds for these exact lengths only."""
+    against: dict[str, list[str]] = {}
+    exact = False
+    for name in profile.backends:
+        backend = find(name)
+        exact = exact or backend.judges_lengths
+        if against and profile.strict:
+            against[name] = ["excluded by strict: true"]
+            continue
+        reasons = objections(backend, spec)
+        if not reasons:
+            _log_choice(profile, name, against, spec)
+            return backend, exact
+        against[name] = reasons
+    strict = " (strict)" if profile.strict else ""
+    message = _refusal(f"no backend of profile {profile.name!r}{strict} runs this attention", spec, against)
+    raise UnsupportedError(message, against)
+
+
+def _log_choice(profile: DeviceProfile, name: str, against: dict[str, list[str]], spec: AttentionSpec) -> None:
+    key = (profile.name, name, *against)
+    if key in _logged:
+        return
+    _logged.add(key)
+    if against:
+        passed = "; ".join(f"{other}: {', '.join(reasons)}" for other, reasons in against.items())
+        log.warning("attention falls to %s (profile %s): %s [%s]", name, profile.name, passed, spec)
+    else:
+        log.info("attention runs on %s (profile %s) [%s]", name, profile.name, spec)
+
+
+def _refusal(headline: str, spec: AttentionSpec, against: dict[str, list[str]]) -> str:
+    width = max((len(name) for name in against), default=0)
+    lines = [headline, f"  {spec}"]
+    for name, reasons in against.items():
+        lines += [f"  {name if position == 0 else '':<{width}}  {reason}" for position, reason in enumerate(reasons)]
+    return "\n".join([*lines, "see: hetero-attn doctor"])
