@@ -7,7 +7,7 @@
 Importing this needs torch and yaml only; backends, models and communication are imported when first used.
 """
 
-from hetero_attn import library as _library  # registers the operators torch.compile sees
+from hetero_attn import library as _library  # noqa: F401  (registers the operators torch.compile sees)
 from hetero_attn.backend import Backend, UnsupportedError
 from hetero_attn.environment import warn_unknown_variables
 from hetero_attn.explain import explain

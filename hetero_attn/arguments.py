@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import torch
 
 from hetero_attn.spec import FLOAT_DTYPES, LAYOUTS, AttentionSpec, dtype_name
@@ -116,10 +117,12 @@ def check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
         )
     if max(lengths) > max_seqlen_k:
         raise ValueError(f"max_seqlen_k is {max_seqlen_k}, expected at least {max(lengths)}: the longest sequence of seqused_k")
-    # Pages within a length must exist. Ids beyond it are never read, so they may be anything.
-    used = torch.arange(block_table.shape[1]) < (-(-seqused_k // k.shape[1]))[:, None]
-    if bool((((block_table < 0) | (block_table >= k.shape[0])) & used).any()):
-        raise ValueError(f"block_table names a page outside 0..{k.shape[0] - 1} within a sequence's length (seqused_k)")
+    # Pages within a length must exist; ids beyond it are never read, so they may be anything. NumPy on the same memory: each torch
+    # operation costs several times as much on tables this small; and seen as unsigned, a negative id is a large one.
+    page_size, pages = k.shape[1], k.shape[0]
+    wrong = block_table.numpy().view(numpy.uint32) >= pages
+    if wrong.any() and any(wrong[b, : -(-length // page_size)].any() for b, length in enumerate(lengths)):
+        raise ValueError(f"block_table names a page outside 0..{pages - 1} within a sequence's length (seqused_k)")
 
 
 def _check_cumulative(name: str, starts: list[int], total: int, packed: str, max_name: str, max_length: int) -> None:

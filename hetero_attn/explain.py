@@ -7,7 +7,7 @@ machine (its availability). So a laptop can tell what a V100 would do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,6 +105,8 @@ def explain(
         )
         if spec.device == "cpu":
             check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
+    if spec.device == "meta":                   # tensors without memory stand for tensors on the profile's device
+        spec = replace(spec, device=registry.current_profile("meta").device)
     return explain_spec(spec, backend=backend)
 
 
@@ -115,7 +117,7 @@ def explain_spec(spec: AttentionSpec, profile: DeviceProfile | None = None, back
     chosen, refusal = None, None
     try:
         with registry.use_profile(profile):
-            chosen = registry.select(spec, asked).name
+            chosen = registry.select(spec, asked).backend.name
     except UnsupportedError as error:
         refusal = str(error).splitlines()[0]
     known = registry.names()

@@ -8,7 +8,6 @@ repeating the call costs one dictionary look-up. Eager calls go straight to the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -17,17 +16,30 @@ from hetero_attn.arguments import check_lengths, dense_spec, varlen_spec
 from hetero_attn.backend import Backend
 from hetero_attn.spec import AttentionSpec, Operands
 
-_PLANS_KEPT = 4096
+_PLANS_KEPT = 1024
+_PLAIN = (torch.Tensor, torch.nn.Parameter)             # anything else is a subclass that may be tracing
+_NO_OPERANDS = Operands()
 
 
-class _Plan(NamedTuple):
-    spec: AttentionSpec
-    backend: Backend
+class _Plan:
+    """A checked call and its backend, remembered by the call's form: all but its lengths, so that a decode loop makes one plan."""
+
+    __slots__ = ("backend", "holds", "name", "spec")
+
+    def __init__(self, spec: AttentionSpec, name: str | None) -> None:
+        self.spec, self.name = spec, name
+        self.backend, self.holds = registry.select(spec, name)
+
+    def at(self, batch: int, q_len: int, kv_len: int, total_q: int) -> tuple[AttentionSpec, Backend]:
+        """The same form at other lengths: a new spec, and a new choice only where a backend judges lengths."""
+        spec = self.spec.at(batch, q_len, kv_len, total_q)
+        backend = self.backend if self.holds else registry.select(spec, self.name)[0]
+        if self.holds:
+            self.spec = spec
+        return spec, backend
 
 
 _plans: dict[tuple, _Plan] = {}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)             # anything else is a subclass that may be tracing
-_NO_OPERANDS = Operands()
 
 
 def attention(
@@ -118,21 +130,29 @@ def attention_varlen(
 
 def run_dense(q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, backend, needs_grad):
     """attention() once nothing traces: plan, run, give back out or (out, lse)."""
+    plan = form = None
     try:
-        key = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, is_causal, scale, window_size,
-            softcap, return_lse, layout, needs_grad, registry.choice(backend), _shape_of(attn_mask), _shape_of(alibi_slopes),
-            _shape_of(sinks),
-        )
-        plan = _plans.get(key)
-    except (AttributeError, TypeError):                 # an argument is no tensor, or unhashable: the checks name it or take it
-        key = plan = None
+        if layout == "bhsd":
+            (B, Hq, Sq, D), (Bk, Hkv, Skv, Dk), (Bv, Hv, Sv, Dv) = q.shape, k.shape, v.shape
+        else:
+            (B, Sq, Hq, D), (Bk, Skv, Hkv, Dk), (Bv, Sv, Hv, Dv) = q.shape, k.shape, v.shape
+        if B == Bk == Bv and Skv == Sv and Hkv == Hv and D == Dk:
+            form = (
+                Hq, Hkv, D, Dv, _size_class(B, Sq, Skv), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, is_causal, scale,
+                window_size, softcap, return_lse, layout, needs_grad, registry.choice(backend),
+                None if attn_mask is None else _mask_form(attn_mask, (B, Hq, Sq, Skv)), _form_of(alibi_slopes), _form_of(sinks),
+            )
+            plan = _plans.get(form)
+    except (AttributeError, TypeError, ValueError):     # an argument is no tensor, or unhashable: the checks name it or take it
+        form = None
     if plan is None:
         spec = dense_spec(
             q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, needs_grad
         )
-        plan = _remember(key, spec, backend)
-    spec, chosen = plan
+        plan = _remember(form, spec, backend)
+    spec, chosen = plan.spec, plan.backend
+    if spec.kv_len != Skv or spec.q_len != Sq or spec.batch != B:
+        spec, chosen = plan.at(B, Sq, Skv, B * Sq)
     if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     plain = attn_mask is None and alibi_slopes is None and sinks is None
@@ -151,21 +171,27 @@ def run_varlen(
 ):
     """attention_varlen() once nothing traces: plan, check the lengths' values, run, give back out or (out, lse)."""
     try:
-        key = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, _shape_of(cu_seqlens_q),
-            _shape_of(cu_seqlens_k), max_seqlen_q, max_seqlen_k, _shape_of(block_table), _shape_of(seqused_k), is_causal, scale,
-            window_size, softcap, return_lse, needs_grad, registry.choice(backend), _shape_of(alibi_slopes), _shape_of(sinks),
-        )
-        plan = _plans.get(key)
-    except (AttributeError, TypeError):
-        key = plan = None
+        B, Tq, axes = cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[1:]
+        form = plan = None
+        if k.shape[0] == v.shape[0] and axes[:-1] == v.shape[1:-1] and axes[-1] == q.shape[2]:
+            form = (
+                q.shape[1:], axes, v.shape[1:], _size_class(B, max_seqlen_q, max_seqlen_k), B, Tq if Tq < 2 else 2, q.dtype, k.dtype,
+                v.dtype, q.device, k.device, v.device, _index_form(cu_seqlens_q), _index_form(cu_seqlens_k), _index_form(block_table),
+                _index_form(seqused_k), is_causal, scale, window_size, softcap, return_lse, needs_grad, registry.choice(backend),
+                _form_of(alibi_slopes), _form_of(sinks),
+            )
+            plan = _plans.get(form)
+    except (AttributeError, TypeError, ValueError, IndexError):
+        form = plan = None
     if plan is None:
         spec = varlen_spec(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, is_causal, scale, window_size,
             softcap, alibi_slopes, sinks, return_lse, needs_grad,
         )
-        plan = _remember(key, spec, backend)
-    spec, chosen = plan
+        plan = _remember(form, spec, backend)
+    spec, chosen = plan.spec, plan.backend
+    if spec.kv_len != max_seqlen_k or spec.q_len != max_seqlen_q or spec.total_q != Tq:
+        spec, chosen = plan.at(B, max_seqlen_q, max_seqlen_k, Tq)
     if spec.device == "cpu":
         check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
     operands = Operands(None, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
@@ -173,21 +199,39 @@ def run_varlen(
     return (out, lse) if return_lse else out
 
 
-def _remember(key: tuple | None, spec: AttentionSpec, backend: str | None) -> _Plan:
-    plan = _Plan(spec, registry.select(spec, registry.chosen_name(backend)))
-    if key is not None:
+def _remember(form: tuple | None, spec: AttentionSpec, backend: str | None) -> _Plan:
+    plan = _Plan(spec, registry.chosen_name(backend))
+    if form is not None:
         if len(_plans) >= _PLANS_KEPT:                  # emptied when full: a plan is cheaper to make than to age
             _plans.clear()
-        _plans[key] = plan
+        _plans[form] = plan
     return plan
+
+
+def _size_class(B: int, Sq: int, Skv: int) -> int:
+    """What a backend that does not judge lengths may still know of them: none, one or many, and which of q and kv is longer."""
+    order = 0 if Sq == Skv else 1 if Sq < Skv else 2
+    return (B if B < 2 else 2) + 3 * (Sq if Sq < 2 else 2) + 9 * (Skv if Skv < 2 else 2) + 27 * order
+
+
+def _mask_form(mask: torch.Tensor, full: tuple[int, int, int, int]) -> tuple:
+    """dtype, device and which axes a mask broadcasts; its shape where it does not fit, for the checks to refuse."""
+    own = mask.shape
+    sizes = full[4 - len(own) :]
+    fits = len(own) <= 4 and all(size == 1 or size == wanted for size, wanted in zip(own, sizes))
+    return mask.dtype, mask.device, tuple([size == 1 for size in own]) if fits else own
 
 
 def _is_traced(q) -> bool:
     return type(q) not in _PLAIN and isinstance(q, torch.Tensor)
 
 
-def _shape_of(tensor: torch.Tensor | None) -> tuple | None:
+def _form_of(tensor: torch.Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _index_form(tensor: torch.Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.shape[0], tensor.dim(), tensor.dtype, tensor.device)
 
 
 def _wants_grad(*tensors: torch.Tensor | None) -> bool:

@@ -34,9 +34,7 @@ _instances: dict[str, Backend] = {}
 _forced_backend: ContextVar[str | None] = ContextVar("hetero_attn_backend", default=None)
 _forced_profile: ContextVar[_Forced | None] = ContextVar("hetero_attn_profile", default=None)
 _serial = itertools.count(1)
-_device_profiles: dict[tuple[str, str | None, str | None], DeviceProfile] = {}
-_decisions: dict[tuple, tuple[DeviceProfile, Backend]] = {}
-_DECISIONS_KEPT = 1024
+_device_profiles: dict[tuple[str | None, ...], DeviceProfile] = {}
 _logged: set[tuple] = set()
 generation = 0                    # moves when a backend is registered or removed: decisions made before it are void
 
@@ -66,7 +64,7 @@ def _found() -> dict[str, Callable[[], Backend]]:
 
 def names() -> list[str]:
     """Every backend that can be named on this machine, importable or broken, in alphabetical order with 'reference' last."""
-    return sorted({*_found(), *_registered} - {"reference"}) + ["reference"]
+    return [*sorted({*_found(), *_registered} - {"reference"}), "reference"]
 
 
 def get(name: str) -> Backend:
@@ -147,10 +145,11 @@ def current_profile(device: str) -> DeviceProfile:
     forced = _forced_profile.get()
     if forced is not None:
         return forced.profile
-    key = (device, os.environ.get("HETERO_ATTN_PROFILE"), os.environ.get("HETERO_ATTN_SET"))
+    kind = device if device in ("cpu", "cuda", "npu") else None         # mps, xpu, meta, …: the best profile of this machine
+    key = (kind, os.environ.get("HETERO_ATTN_PROFILE"), os.environ.get("HETERO_ATTN_SET"))
     profile = _device_profiles.get(key)
     if profile is None:
-        profile = _device_profiles[key] = load_profile(None, device=device)
+        profile = _device_profiles[key] = load_profile(None, device=kind)
     return profile
 
 
@@ -174,52 +173,35 @@ def objections(backend: Backend, spec: AttentionSpec) -> list[str]:
     return [*backend.unavailable_reasons(), *backend.unsupported_reasons(spec)]
 
 
-def select(spec: AttentionSpec, name: str | None = None) -> Backend:
+class Selection(NamedTuple):
+    backend: Backend
+    holds: bool                   # for other lengths too: no backend that was asked judges lengths
+
+
+def select(spec: AttentionSpec, name: str | None = None) -> Selection:
     """The backend that runs `spec`. `name` is chosen_name()'s answer. Raises UnsupportedError, UnknownBackendError, ProfileError."""
-    if name is not None:
-        backend = get(name)
-        reasons = objections(backend, spec)
-        if reasons:
-            raise UnsupportedError(_refusal(f"backend {name!r} cannot run this attention", spec, {name: reasons}), {name: reasons})
-        return backend
-    profile = current_profile(spec.device)
-    key = _length_free(spec, profile)
-    decided = _decisions.get(key)
-    if decided is not None:
-        return decided[1]
-    backend, exact = _first_without_objection(spec, profile)
-    if not exact:
-        if len(_decisions) >= _DECISIONS_KEPT:          # emptied when full: a decision is cheaper to make than to age
-            _decisions.clear()
-        _decisions[key] = profile, backend              # holding the profile keeps its id() from being given away
-    return backend
+    if name is None:
+        return _first_without_objection(spec, current_profile(spec.device))
+    backend = get(name)
+    reasons = objections(backend, spec)
+    if reasons:
+        raise UnsupportedError(_refusal(f"backend {name!r} cannot run this attention", spec, {name: reasons}), {name: reasons})
+    return Selection(backend, not backend.judges_lengths)
 
 
-def _length_free(spec: AttentionSpec, profile: DeviceProfile) -> tuple:
-    """Everything a backend may look at that promises not to judge lengths, plus the profile and the registry's generation."""
-    q_len, kv_len = spec.q_len, spec.kv_len
-    return (
-        generation, id(profile), spec.device, spec.dtype, spec.q_heads, spec.kv_heads, spec.head_dim, spec.v_head_dim,
-        spec.is_causal, spec.scale, spec.window_size, spec.softcap, spec.alibi, spec.mask, spec.sinks, spec.return_lse,
-        spec.layout, spec.needs_grad, spec.varlen, spec.page_size,
-        min(spec.batch, 2), min(q_len, 2), min(kv_len, 2), (q_len > kv_len) - (q_len < kv_len), min(spec.total_q, 2),
-    )
-
-
-def _first_without_objection(spec: AttentionSpec, profile: DeviceProfile) -> tuple[Backend, bool]:
-    """The profile's first backend without objection, and whether that answer holds for these exact lengths only."""
+def _first_without_objection(spec: AttentionSpec, profile: DeviceProfile) -> Selection:
     against: dict[str, list[str]] = {}
-    exact = False
+    holds = True
     for name in profile.backends:
         backend = find(name)
-        exact = exact or backend.judges_lengths
+        holds = holds and not backend.judges_lengths
         if against and profile.strict:
             against[name] = ["excluded by strict: true"]
             continue
         reasons = objections(backend, spec)
         if not reasons:
             _log_choice(profile, name, against, spec)
-            return backend, exact
+            return Selection(backend, holds)
         against[name] = reasons
     strict = " (strict)" if profile.strict else ""
     message = _refusal(f"no backend of profile {profile.name!r}{strict} runs this attention", spec, against)

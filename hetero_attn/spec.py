@@ -59,6 +59,14 @@ class AttentionSpec:
                 f"key/value heads (grouped-query attention)"
             )
 
+    def at(self, batch: int, q_len: int, kv_len: int, total_q: int) -> AttentionSpec:
+        """This spec at other lengths (dataclasses.replace costs four times as much, and decode loops do this at every step)."""
+        return AttentionSpec(
+            self.device, self.dtype, batch, self.q_heads, self.kv_heads, q_len, kv_len, self.head_dim, self.v_head_dim, self.is_causal,
+            self.scale, self.window_size, self.softcap, self.alibi, self.mask, self.sinks, self.return_lse, self.layout,
+            self.needs_grad, self.varlen, total_q, self.page_size,
+        )
+
     @property
     def group_size(self) -> int:
         """Query heads that share one key/value head."""

@@ -25,14 +25,8 @@ class SdpaBackend(Backend):
     name = "sdpa"
     judges_lengths = False
 
-    @cache
     def unavailable_reasons(self) -> list[str]:
-        try:
-            tiny = torch.ones(1, 1, 2, 8)
-            out = F.scaled_dot_product_attention(tiny, tiny, tiny)
-        except Exception as error:
-            return [f"a tiny call of torch's scaled_dot_product_attention failed: {type(error).__name__}: {error}; reinstall torch"]
-        return [] if torch.equal(out, tiny) else ["a tiny call of torch's scaled_dot_product_attention gave wrong numbers; reinstall torch"]
+        return _probe()
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         reasons = []
@@ -55,6 +49,17 @@ class SdpaBackend(Backend):
     def attention(self, q, k, v, spec, operands):
         route = ragged_attention if spec.varlen else dense_attention
         return route(q, k, v, spec, operands)
+
+
+@cache
+def _probe() -> list[str]:
+    """A tiny real call, once: "available" means that it worked."""
+    try:
+        tiny = torch.ones(1, 1, 2, 8)
+        out = F.scaled_dot_product_attention(tiny, tiny, tiny)
+    except Exception as error:
+        return [f"a tiny call of torch's scaled_dot_product_attention failed: {type(error).__name__}: {error}; reinstall torch"]
+    return [] if torch.equal(out, tiny) else ["a tiny call of torch's scaled_dot_product_attention gave wrong numbers; reinstall torch"]
 
 
 backend = SdpaBackend

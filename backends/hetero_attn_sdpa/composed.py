@@ -27,10 +27,14 @@ def composed_attention(
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
     if bias is not None:
         scores = torch.where(bias, scores, NEG_INF) if bias.dtype == torch.bool else scores + bias
-    lse = torch.logsumexp(scores, dim=-1)                               # [B, Hq, Sq]; -inf where nothing is seen
+    top = scores.detach().amax(-1)                                      # [B, Hq, Sq]; -inf where nothing is seen
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(scores.dtype)[None, :, None])
-    floor = torch.where(lse == NEG_INF, 0.0, lse)                       # an empty row: exp(-inf - 0) = 0, not NaN
-    weights = torch.exp(scores - floor[..., None])
+        sinks = sinks.to(scores.dtype)[None, :, None]
+        top = torch.maximum(top, sinks.detach())
+    top = torch.where(top == NEG_INF, 0.0, top)                         # an empty row: exp(-inf - 0) = 0, in the gradient too
+    weights = torch.exp(scores - top[..., None])
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
     out = torch.matmul(weights.view(*folded, Skv), v).view(B, Hq, Sq, v.shape[-1])
-    return out, lse
+    return out / torch.where(total == 0, 1.0, total)[..., None], top + total.detach().log()

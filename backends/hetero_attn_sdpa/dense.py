@@ -25,8 +25,7 @@ def dense_attention(
 
     Lengths come from the tensors (a packed call runs each of its sequences through here with one spec).
     """
-    B, Hq, Sq, _ = q.shape
-    Skv, Dv = v.shape[2], v.shape[3]
+    Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]
     arithmetic = torch.float64 if q.dtype == torch.float64 else torch.float32
     if q.numel() == 0 or Skv == 0:
         out, lse = _sees_nothing(q, k, v, spec, operands.sinks, arithmetic)

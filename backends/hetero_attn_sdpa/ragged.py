@@ -6,6 +6,8 @@ says, so entries of the block table beyond it are never read.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from hetero_attn.spec import AttentionSpec, Operands
@@ -39,7 +41,7 @@ def ragged_attention(
 
 def _packed(k: torch.Tensor, v: torch.Tensor, operands: Operands):
     starts = operands.cu_seqlens_k.tolist()
-    for start, end in zip(starts[:-1], starts[1:]):
+    for start, end in pairwise(starts):
         yield k[start:end], v[start:end]
 
 
