@@ -173,7 +173,8 @@ def run_varlen(
     try:
         B, Tq, axes = cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[1:]
         form = plan = None
-        if k.shape[0] == v.shape[0] and axes[:-1] == v.shape[1:-1] and axes[-1] == q.shape[2]:
+        lengths_are_ints = type(max_seqlen_q) is int and type(max_seqlen_k) is int
+        if lengths_are_ints and k.shape[0] == v.shape[0] and axes[:-1] == v.shape[1:-1] and axes[-1] == q.shape[2]:
             form = (
                 q.shape[1:], axes, v.shape[1:], _size_class(B, max_seqlen_q, max_seqlen_k), B, Tq if Tq < 2 else 2, q.dtype, k.dtype,
                 v.dtype, q.device, k.device, v.device, _index_form(cu_seqlens_q), _index_form(cu_seqlens_k), _index_form(block_table),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-import itertools
 import logging
 import os
 import pkgutil
@@ -33,14 +32,14 @@ _registered: dict[str, Callable[[], Backend]] = {"reference": ReferenceBackend}
 _instances: dict[str, Backend] = {}
 _forced_backend: ContextVar[str | None] = ContextVar("hetero_attn_backend", default=None)
 _forced_profile: ContextVar[_Forced | None] = ContextVar("hetero_attn_profile", default=None)
-_serial = itertools.count(1)
+_serials: dict[DeviceProfile, int] = {}
 _device_profiles: dict[tuple[str | None, ...], DeviceProfile] = {}
 _logged: set[tuple] = set()
 generation = 0                    # moves when a backend is registered or removed: decisions made before it are void
 
 
 class _Forced(NamedTuple):
-    """What use_profile() set, under a number of its own: plans are remembered by the number, not by hashing a whole profile."""
+    """What use_profile() set, under a number: plans are remembered by it, because hashing a whole profile takes as long as a call."""
 
     serial: int
     profile: DeviceProfile
@@ -132,8 +131,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 @contextmanager
 def use_profile(profile: DeviceProfile | str | os.PathLike | None) -> Iterator[DeviceProfile | None]:
     """Calls inside the block choose by this profile (a name, a path or a DeviceProfile) instead of the detected one."""
-    loaded = None if profile is None else load_profile(profile)
-    token = _forced_profile.set(None if loaded is None else _Forced(next(_serial), loaded))
+    loaded = profile if profile is None or isinstance(profile, DeviceProfile) else load_profile(profile)
+    forced = None if loaded is None else _Forced(_serials.setdefault(loaded, len(_serials)), loaded)
+    token = _forced_profile.set(forced)
     try:
         yield loaded
     finally:

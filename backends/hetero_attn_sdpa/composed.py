@@ -23,16 +23,22 @@ def composed_attention(
     Hkv, Skv = k.shape[1], k.shape[2]
     folded = (B, Hkv, (Hq // Hkv) * Sq)
     scores = torch.matmul(q.reshape(*folded, D) * spec.scale, k.transpose(-1, -2)).view(B, Hq, Sq, Skv)
-    if spec.softcap:
+    # Without gradients each step overwrites the last one's memory: these passes are bound by the caches, not by arithmetic.
+    if spec.softcap and spec.needs_grad:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    elif spec.softcap:
+        scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
     if bias is not None:
-        scores = torch.where(bias, scores, NEG_INF) if bias.dtype == torch.bool else scores + bias
+        if bias.dtype == torch.bool:
+            scores = torch.where(bias, scores, NEG_INF) if spec.needs_grad else scores.masked_fill_(~bias, NEG_INF)
+        else:
+            scores = scores + bias
     top = scores.detach().amax(-1)                                      # [B, Hq, Sq]; -inf where nothing is seen
     if sinks is not None:
         sinks = sinks.to(scores.dtype)[None, :, None]
         top = torch.maximum(top, sinks.detach())
     top = torch.where(top == NEG_INF, 0.0, top)                         # an empty row: exp(-inf - 0) = 0, in the gradient too
-    weights = torch.exp(scores - top[..., None])
+    weights = torch.exp(scores - top[..., None]) if spec.needs_grad else scores.sub_(top[..., None]).exp_()
     total = weights.sum(-1)
     if sinks is not None:
         total = total + torch.exp(sinks - top)

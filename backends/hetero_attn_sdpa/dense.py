@@ -13,8 +13,8 @@ from hetero_attn_sdpa.composed import composed_attention
 from hetero_attn_sdpa.fused import fused_attention, fused_objections
 from hetero_attn_sdpa.visibility import chunk_bias, key_range, surely_finite, tainted_rows
 
-CHUNK_BYTES = 64 << 20            # scores or bias of one chunk
-CHUNK_ROWS = 64                   # never fewer rows than this, or the products become slivers
+CHUNK_BYTES = {True: 64 << 20, False: 8 << 20}     # of one chunk: the bias (fused), or the scores (composed: they should stay in a cache)
+CHUNK_ROWS = 16                   # never fewer rows than this, or the products become slivers
 NEG_INF = float("-inf")
 
 
@@ -93,12 +93,12 @@ def _chunk_rows(spec: AttentionSpec, operands: Operands, B: int, Hq: int, Sq: in
     if fused and operands.alibi_slopes is None and operands.attn_mask is None and not (spec.is_causal or spec.windowed):
         return Sq
     if not fused:
-        planes = B * Hq * 4                                             # scores, weights and their temporaries
+        planes = B * Hq
     elif operands.alibi_slopes is not None:
         planes = B * Hq if operands.alibi_slopes.dim() == 2 else Hq
     else:
         planes = 1 if operands.attn_mask is None else operands.attn_mask.shape[0] * operands.attn_mask.shape[1]
-    return max(CHUNK_ROWS, min(Sq, CHUNK_BYTES // (4 * planes * Skv)))
+    return max(CHUNK_ROWS, min(Sq, CHUNK_BYTES[fused] // (4 * planes * Skv)))
 
 
 def _emptied_rows(bias: torch.Tensor | None, want_lse: bool) -> torch.Tensor | None:

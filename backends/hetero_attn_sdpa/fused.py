@@ -29,6 +29,10 @@ def fused_objections(spec: AttentionSpec) -> list[str]:
             objections.append(f"{wanted} under a mask, SDPA's lse is wrong for rows that a mask empties")
         elif spec.needs_grad:
             objections.append(f"{wanted} with gradients, SDPA's lse kernel has none through the lse")
+    if spec.scale <= 0 and spec.rows_differ:
+        objections.append(f"scale is {spec.scale:g}, SDPA's kernels mask before they scale and want it positive")
+    if spec.needs_grad and spec.mask is not None and spec.mask != torch.bool:
+        objections.append("gradients under a float mask, SDPA's backward is wrong for rows of finfo.min")
     float_bias = spec.alibi or (spec.mask is not None and spec.mask != torch.bool)
     if float_bias and spec.dtype in HALF_DTYPES and spec.device != "cpu":
         objections.append(f"float masks and alibi are added in float32, SDPA on {spec.device} would round them to {dtype_name(spec.dtype)}")
@@ -50,5 +54,7 @@ def fused_attention(
         out, lse = fused_attention(q.reshape(B, Hkv, Hq // Hkv, D), k, v, scale, False, None, want_lse)
         return out.reshape(B, Hq, 1, -1), None if lse is None else lse.reshape(B, Hq, 1)
     if want_lse:
+        # Called directly, the operator trusts its caller: it reads the last axis as if its stride were 1.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return FLASH_FOR_CPU(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, bias, 0.0, is_causal, scale=scale, enable_gqa=Hq != Hkv), None

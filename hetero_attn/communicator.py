@@ -1,0 +1,382 @@
+"""What a communicator must do: the object that holds a group of ranks, its topology and its buffers.
+
+Three operations are asked of whoever writes one (all_reduce, all_gather, broadcast); the rest is composed of them here, slow but
+right, and may be overridden one by one as a device learns to do better. A communicator that wraps another (`base`, the
+torch.distributed one) inherits whatever it does not override. Every rank must call the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from hetero_attn.norm import rms_norm
+
+
+class CommunicatorError(RuntimeError):
+    """A collective failed or timed out. The text names this rank, the operation (site, shape) and the ranks that are missing.
+
+    The communicator is broken from then on: each later call raises the first error again. `.rank` is the rank that raises,
+    `.operation` what it was doing, `.missing` the ranks that did not answer ([] when all are alive, only out of step).
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, operation: str = "", missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.operation = operation
+        self.missing = list(missing)
+
+
+class Handle:
+    """What start_…() returns. This one holds a result that is there already; asynchronous communicators subclass it."""
+
+    def __init__(self, result: Any = None) -> None:
+        self._result = result
+
+    def wait(self) -> Any:
+        """The operation's result, as its synchronous form returns it. May be called any number of times.
+
+        On a CPU it returns when the result is there. On a device it orders the calling stream after the operation and
+        does not stop the host. Raises CommunicatorError when the operation failed. A handle may also be dropped unwaited.
+        """
+        return self._result
+
+
+def shard_rows(total: int, rank: int, world_size: int) -> slice:
+    """The rows of `total` that `rank` owns: contiguous, in rank order; the first total % world_size ranks have one more."""
+    base, extra = divmod(total, world_size)
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+def shard_counts(world_size: int, total: int) -> list[int]:
+    """How many of `total` rows each rank owns, in rank order."""
+    base, extra = divmod(total, world_size)
+    return [base + (rank < extra) for rank in range(world_size)]
+
+
+def check_tensor(operation: str, argument: str, value: Any, *, written: bool = False) -> None:
+    """Refuse what no collective can take: TypeError for a non-tensor, ValueError for one that autograd is recording.
+
+    `written`: the operation writes into the tensor, so its elements must not share memory (an expanded tensor's do).
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{operation}: {argument} is {type(value).__name__}, expected a torch.Tensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{operation}: {argument} has layout {value.layout}, expected a dense (strided) tensor")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{operation}: {argument} requires grad, and collectives carry no gradient; call it under torch.no_grad()")
+    if written and any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
+        raise ValueError(f"{operation}: {argument} {list(value.shape)} is expanded and cannot be written in place; pass a clone()")
+
+
+class Communicator:
+    """A group of ranks and the collectives among them.
+
+    Tensors may have any dtype (any with a sum, where one is taken), any shape (empty ones too) and any strides; ranks' shapes
+    agree unless an operation says otherwise. 16-bit floats are summed in fp32 and rounded once. After a collective every rank holds the
+    SAME BITS, on every run: schedules and greedy decoding rely on it. Inputs are written only where "in place" is said.
+    One thread calls a communicator; `site` ("layers.3.o_proj") names the place in the model, for errors and calibration.
+    TypeError/ValueError name a wrong argument before anything is sent; CommunicatorError is everything after that.
+    """
+
+    def __init__(self, rank: int, world_size: int, *, device: torch.device | str = "cpu", base: Communicator | None = None) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, expected 0 <= rank < world_size = {world_size}")
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)                # where empty() allocates
+        self.base = base
+        # (optional) a backend's own linear, with Backend.linear's signature: linear(x, weight, bias=None, out=None)
+        self.linear: Callable[..., torch.Tensor] = _linear
+
+    # ---- who owns what -------------------------------------------------------------------------------------------------
+
+    def rows(self, total: int) -> slice:
+        """This rank's slice of `total` rows (tokens); may be empty when total < world_size. No communication."""
+        return shard_rows(total, self.rank, self.world_size)
+
+    def row_counts(self, total: int) -> list[int]:
+        """How many of `total` rows each rank owns, in rank order."""
+        return shard_counts(self.world_size, total)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """(optional) An uninitialised tensor that collectives take without copying (symmetric or shared memory)."""
+        if self.base is not None:
+            return self.base.empty(shape, dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    # ---- the three to write --------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
+        """Sum x over all ranks IN PLACE and return it. x of any shape; non-contiguous x is written where it lies."""
+        return self._below("all_reduce").all_reduce(x, site=site)
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> torch.Tensor:
+        """Concatenate every rank's x along `dim`, in rank order: a new tensor on every rank.
+
+        Ranks' shapes may differ in `dim` (0 too). `sizes`, the extent of `dim` at every rank, saves the exchange of sizes
+        where the caller knows them (row_counts); all ranks must then pass the same list.
+        """
+        return self._below("all_gather").all_gather(x, dim, sizes=sizes, site=site)
+
+    def broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> torch.Tensor:
+        """Write rank src's x into x IN PLACE on every rank and return it. Shapes and dtypes agree."""
+        return self._below("broadcast").broadcast(x, src, site=site)
+
+    # ---- composed; override what a device does better -------------------------------------------------------------------
+
+    def barrier(self, *, site: str = "") -> None:
+        """Return when every rank has called it."""
+        if self.base is not None:
+            self.base.barrier(site=site)
+        else:
+            self.all_reduce(torch.zeros(1, dtype=torch.int64, device=self.device), site=site)
+
+    def await_signal(self, src: int = 0, *, site: str = "") -> None:
+        """Rank src returns at once; the others return once src has called it, however long that takes.
+
+        For ranks that idle between requests. Unlike a collective it is bounded by src's life and not by the time-out:
+        a rank waits as long as src lives, and raises CommunicatorError once it does not.
+        """
+        if self.base is not None:
+            self.base.await_signal(src, site=site)
+        else:
+            self.broadcast(torch.zeros(1, dtype=torch.int64, device=self.device), src, site=site)
+
+    def reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
+        """Sum x [T, ...] over all ranks; returns this rank's rows(T) of the sum, a new tensor. x is not written."""
+        check_tensor("reduce_scatter", "x", x)
+        check_rows("reduce_scatter", x)
+        check_sum("reduce_scatter", x)
+        if self.base is not None:
+            return self.base.reduce_scatter(x, site=site)
+        return self.all_reduce(x.clone(), site=site)[self.rows(x.shape[0])].clone()
+
+    def linear_all_reduce(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, site: str
+    ) -> torch.Tensor:
+        """The row-parallel linear: x [..., K_local] @ weight [C, K_local].T summed over ranks, plus bias [C]; returns [..., C].
+
+        The bias counts ONCE: rank 0's joins the sum, what other ranks pass is ignored. So row-parallel layers may keep
+        their bias on rank 0 only, or on every rank. K_local may differ between ranks and may be 0.
+        """
+        check_tensor("linear_all_reduce", "x", x)
+        check_tensor("linear_all_reduce", "weight", weight)
+        if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(f"linear_all_reduce: x {list(x.shape)} and weight {list(weight.shape)}, expected x [..., K] and weight [C, K]")
+        out = self.empty((*x.shape[:-1], weight.shape[0]), x.dtype)                                    # [..., C]
+        self.linear(x, weight, bias if self.rank == 0 else None, out=out)
+        return self.all_reduce(out, site=site)
+
+    def all_reduce_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual_shard: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        site: str,
+        weight_offset: float = 0.0,
+        post_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """TokenWeave's fused step: all-reduce, residual add and RMSNorm, where each rank normalises only its own rows.
+
+        x [T, C] is every rank's partial sum; residual_shard [rows(T), C] lives on the owning rank alone and is updated
+        IN PLACE; weight, post_weight [C]. Returns (normed [T, C] in x's dtype, residual_shard). With y = the sum of x:
+
+            y = rms_norm(y, post_weight)        if post_weight is given (Gemma 2 normalises the sum before the add)
+            residual_shard += y[rows(T)]
+            normed = rms_norm(residual, weight) gathered over ranks
+
+        Both norms follow hetero_attn.norm.rms_norm with the same eps and weight_offset (1 is Gemma's 1 + weight, in
+        Gemma's order of rounding; 0 is Llama's). T may be smaller than world_size. x is working space: its content is
+        unspecified afterwards. An unfused communicator rounds y to x's dtype before the add, a fused one need not.
+        """
+        self.check_norm_arguments(x, residual_shard, weight, post_weight)
+        shard = self.reduce_scatter(x, site=site)                                              # [rows(T), C]
+        normed = add_and_norm(shard, residual_shard, weight, eps, weight_offset, post_weight)
+        return self.all_gather(normed, sizes=self.row_counts(x.shape[0]), site=site), residual_shard
+
+    # ---- asynchronous forms ---------------------------------------------------------------------------------------------
+    # start_X(…).wait() gives what X(…) gives. Until then do not touch the tensors handed over. Any number may be in
+    # flight; all ranks start them in the same order, and may wait for them in any. (optional) override start().
+
+    def start(self, operation: str, *args: Any, **options: Any) -> Handle:
+        """Begin the method named `operation`. This default has no one to do it meanwhile, and does it at once."""
+        return Handle(getattr(self, operation)(*args, **options))
+
+    def start_all_reduce(self, x: torch.Tensor, *, site: str = "") -> Handle:
+        return self.start("all_reduce", x, site=site)
+
+    def start_reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> Handle:
+        return self.start("reduce_scatter", x, site=site)
+
+    def start_all_gather(self, x: torch.Tensor, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> Handle:
+        return self.start("all_gather", x, dim, sizes=sizes, site=site)
+
+    def start_broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> Handle:
+        return self.start("broadcast", x, src, site=site)
+
+    def start_all_reduce_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual_shard: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        site: str,
+        weight_offset: float = 0.0,
+        post_weight: torch.Tensor | None = None,
+    ) -> Handle:
+        options = {"site": site, "weight_offset": weight_offset, "post_weight": post_weight}
+        return self.start("all_reduce_rms_norm", x, residual_shard, weight, eps, **options)
+
+    # ---- the end --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free the group. Never hangs; may be called twice, and after an error. A wrapper closes what it wraps."""
+        if self.base is not None:
+            self.base.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size}, device={str(self.device)!r})"
+
+    # ---- for those who write one ----------------------------------------------------------------------------------------
+
+    def check_norm_arguments(
+        self, x: torch.Tensor, residual_shard: torch.Tensor, weight: torch.Tensor, post_weight: torch.Tensor | None
+    ) -> None:
+        """Raise TypeError or ValueError unless the arguments are what all_reduce_rms_norm takes."""
+        named = {"x": x, "residual_shard": residual_shard, "weight": weight}
+        if post_weight is not None:
+            named["post_weight"] = post_weight
+        for argument, value in named.items():
+            check_tensor("all_reduce_rms_norm", argument, value, written=argument == "residual_shard")
+            if not value.is_floating_point():
+                raise TypeError(f"all_reduce_rms_norm: {argument} is {value.dtype}, expected a floating-point tensor")
+        if x.dim() != 2:
+            raise ValueError(f"all_reduce_rms_norm: x is {list(x.shape)}, expected [T, C]")
+        own = self.rows(x.shape[0])
+        for argument, expected in {
+            "residual_shard": [own.stop - own.start, x.shape[1]], "weight": [x.shape[1]], "post_weight": [x.shape[1]]
+        }.items():
+            if argument in named and list(named[argument].shape) != expected:
+                raise ValueError(
+                    f"all_reduce_rms_norm: {argument} is {list(named[argument].shape)}, expected {expected} "
+                    f"for x {list(x.shape)} on rank {self.rank} of {self.world_size}"
+                )
+
+    def _below(self, operation: str) -> Communicator:
+        if self.base is None:
+            raise NotImplementedError(f"{type(self).__name__} wraps no other communicator, so it must define {operation}()")
+        return self.base
+
+
+SUMMABLE = frozenset({
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+})
+
+
+def check_sum(operation: str, x: torch.Tensor) -> None:
+    """Raise TypeError for a dtype whose sum is not defined (bool, 8-bit floats)."""
+    if x.dtype not in SUMMABLE:
+        raise TypeError(f"{operation}: x is {x.dtype}, which has no sum here; cast it, to torch.int32 or torch.float32 for example")
+
+
+def check_rows(operation: str, x: torch.Tensor) -> None:
+    """Raise ValueError for a scalar where rows are needed."""
+    if x.dim() < 1:
+        raise ValueError(f"{operation}: x is a scalar, expected rows [T, ...]")
+
+
+def check_rank(operation: str, argument: str, value: int, world_size: int) -> None:
+    """Raise TypeError or ValueError unless value is a rank of the group."""
+    if not isinstance(value, int):
+        raise TypeError(f"{operation}: {argument} is {type(value).__name__}, expected an int")
+    if not 0 <= value < world_size:
+        raise ValueError(f"{operation}: {argument} is {value}, expected a rank of 0 .. {world_size - 1}")
+
+
+def check_dim(operation: str, x: torch.Tensor, dim: int) -> int:
+    """The axis `dim` of x counted from the front; raises ValueError for a scalar or an axis that x does not have."""
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{operation}: dim is {dim}, expected an axis of x {list(x.shape)}")
+    return dim % x.dim()
+
+
+def add_and_norm(
+    shard: torch.Tensor,
+    residual_shard: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    post_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The row-local middle of all_reduce_rms_norm: shard, residual_shard [R, C]; updates residual_shard, returns normed [R, C]."""
+    if post_weight is not None:
+        shard = rms_norm(shard, post_weight, eps, weight_offset)
+    residual_shard.add_(shard)
+    return rms_norm(residual_shard, weight, eps, weight_offset).to(shard.dtype)
+
+
+class SoloCommunicator(Communicator):
+    """A world of one: nothing is sent, everything is checked, and no torch.distributed is needed."""
+
+    def __init__(self, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(0, 1, device=device)
+
+    def all_reduce(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
+        check_tensor("all_reduce", "x", x, written=True)
+        check_sum("all_reduce", x)
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> torch.Tensor:
+        check_tensor("all_gather", "x", x)
+        check_sizes("all_gather", sizes, x.shape[check_dim("all_gather", x, dim)], 0, 1)
+        return x.clone(memory_format=torch.contiguous_format)
+
+    def broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> torch.Tensor:
+        check_tensor("broadcast", "x", x, written=True)
+        check_rank("broadcast", "src", src, 1)
+        return x
+
+    def all_reduce_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual_shard: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        site: str,
+        weight_offset: float = 0.0,
+        post_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.check_norm_arguments(x, residual_shard, weight, post_weight)
+        return add_and_norm(x, residual_shard, weight, eps, weight_offset, post_weight), residual_shard
+
+
+def check_sizes(operation: str, sizes: Sequence[int] | None, own: int, rank: int, world_size: int) -> None:
+    """Raise ValueError unless `sizes` (when given) has one extent per rank and this rank's agrees with its tensor."""
+    if sizes is not None and (len(sizes) != world_size or sizes[rank] != own):
+        raise ValueError(f"{operation}: sizes is {list(sizes)}, expected {world_size} extents with {own} for rank {rank}")
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear that can write straight into `out`, a communicator's buffer: x [..., K], weight [C, K], out [..., C]."""
+    if out is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    if out.dim() != 2 or x.dtype != out.dtype or weight.dtype != out.dtype:
+        return out.copy_(torch.nn.functional.linear(x, weight, bias))
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)                                                # [T, K] x [K, C]
+    return torch.addmm(bias, x, weight.t(), out=out)
