@@ -1,0 +1,198 @@
+"""The paged KV cache, and the step it prepares: which token stands where, in one packed batch.
+
+A sequence owns whole blocks of a fixed pool; a block table maps its positions to them. The tables are made from the calls alone (no
+rank, no tensor contents enter), so ranks that run the same calls hold identical tables without talking, while each stores its own KV
+heads. Prefill, chunked prefill, decode and any mixture are one thing here: `counts` new tokens for each of some sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hetero_attn.models.config import ModelError
+
+
+class CacheFull(RuntimeError):
+    """The pool has too few free blocks or sequence places for what was asked; nothing was reserved."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over T packed tokens of B sequences, N of whose rows want logits. The tensors live on the cache's device.
+
+    tokens       [T] int64 or None    token ids (None on ranks that never see them: vocabulary 'master')
+    positions    [T] int64            place of each token in its own sequence, from 0
+    cu_seqlens_q [B+1] int32          where each sequence's new tokens begin in the packed rows
+    block_table  [B, max_blocks] int32  blocks of each sequence, in order; unused entries are 0 and are never read
+    seqused_k    [B] int32            keys of each sequence, the new tokens included
+    slots        [T] int64            block * block_size + offset where each token's K and V are stored
+    logits_at    [N] int64            rows of the packed batch that want logits
+    """
+
+    tokens: torch.Tensor | None
+    positions: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    block_table: torch.Tensor
+    seqused_k: torch.Tensor
+    slots: torch.Tensor
+    logits_at: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @property
+    def total_q(self) -> int:
+        """T, the packed tokens of this step."""
+        return self.positions.shape[0]
+
+
+class PagedCache:
+    """Pages k[layer], v[layer] of [num_blocks, block_size, kv_heads, head_dim], and the sequences that own them.
+
+    `kv_heads` is this rank's number. Windowed layers share the table (their old blocks are kept). Pages are not cleared: attention
+    never reads past a sequence's length.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        max_sequences: int,
+        context_length: int,
+    ):
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size), ("max_sequences", max_sequences)):
+            if value < 1:
+                raise ValueError(f"PagedCache: {name} is {value}, expected at least 1")
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.max_sequences, self.context_length = max_sequences, context_length
+        self.device = torch.device(device)
+        shape = (num_blocks, block_size, kv_heads, head_dim)
+        self.k = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(layers)]
+        self.v = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(layers)]
+        self._free = list(range(num_blocks - 1, -1, -1))          # popped from the end: block 0 goes first
+        self._blocks: dict[int, list[int]] = {}                   # sequence id -> its blocks, in order
+        self._lengths: dict[int, int] = {}
+        self._next_id = 0
+
+    @staticmethod
+    def blocks_for(max_tokens: int, max_sequences: int, block_size: int) -> int:
+        """Blocks that hold `max_tokens` however they are spread over up to `max_sequences` sequences."""
+        return max(1, max_tokens // block_size + min(max_sequences, max_tokens))      # each sequence may waste part of one block
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Ids of the sequences in the cache, oldest first."""
+        return tuple(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's pages, over all layers."""
+        return sum(pages.numel() * pages.element_size() for pages in (*self.k, *self.v))
+
+    def add_sequence(self) -> int:
+        """A new, empty sequence's id. Raises CacheFull when max_sequences are in the cache already."""
+        if len(self._lengths) >= self.max_sequences:
+            raise CacheFull(f"the cache holds {len(self._lengths)} sequences of max_sequences={self.max_sequences}; "
+                            "free one, or make the cache with a larger max_sequences")
+        sequence, self._next_id = self._next_id, self._next_id + 1
+        self._blocks[sequence], self._lengths[sequence] = [], 0
+        return sequence
+
+    def free(self, sequence: int) -> None:
+        """Gives the sequence's blocks back to the pool; its id is not used again."""
+        self._known(sequence)
+        self._free.extend(reversed(self._blocks.pop(sequence)))
+        del self._lengths[sequence]
+
+    def length(self, sequence: int) -> int:
+        """Tokens of the sequence that have a place in the cache."""
+        self._known(sequence)
+        return self._lengths[sequence]
+
+    def step(
+        self,
+        ids: Sequence[int],
+        counts: Sequence[int],
+        tokens: torch.Tensor | Sequence[int] | None = None,
+        last_only: bool = True,
+    ) -> Step:
+        """Reserves places for counts[i] >= 1 further tokens of sequence ids[i] and describes the forward pass that fills them.
+
+        tokens: sum(counts) token ids, packed in the order of ids, or None on a rank that never sees them. last_only: logits for the
+        last new token of each sequence, else for all T rows. Raises CacheFull (nothing is reserved then), ModelError for a position
+        beyond the model's context, ValueError for ids or counts that make no sense. The forward pass must follow: the places count
+        as filled from now on.
+        """
+        ids, counts = list(ids), [int(count) for count in counts]
+        if len(ids) != len(counts) or len(set(ids)) != len(ids) or not ids:
+            raise ValueError(f"step: expected as many counts as ids, each id once and at least one; got ids {ids}, counts {counts}")
+        if min(counts) < 1:
+            raise ValueError(f"step: counts must be at least 1, got {counts}; leave sequences without new tokens out")
+        total = sum(counts)
+        if tokens is not None:
+            tokens = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
+            if tokens.shape != (total,):
+                raise ValueError(f"step: tokens have shape {list(tokens.shape)}, counts {counts} ask for [{total}]")
+        self._reserve(ids, counts)
+
+        positions, slots, cu_seqlens = [], [], [0]
+        for sequence, count in zip(ids, counts):
+            blocks, end = self._blocks[sequence], self._lengths[sequence]
+            positions.extend(range(end - count, end))
+            slots.extend(blocks[p // self.block_size] * self.block_size + p % self.block_size for p in range(end - count, end))
+            cu_seqlens.append(cu_seqlens[-1] + count)
+        lengths = [self._lengths[sequence] for sequence in ids]
+        width = max(len(self._blocks[sequence]) for sequence in ids)
+        table = [self._blocks[sequence] + [0] * (width - len(self._blocks[sequence])) for sequence in ids]
+        return Step(
+            tokens=tokens,
+            positions=self._tensor(positions, torch.int64),
+            cu_seqlens_q=self._tensor(cu_seqlens, torch.int32),
+            block_table=self._tensor(table, torch.int32),
+            seqused_k=self._tensor(lengths, torch.int32),
+            slots=self._tensor(slots, torch.int64),
+            logits_at=self._tensor([end - 1 for end in cu_seqlens[1:]] if last_only else range(total), torch.int64),
+            max_seqlen_q=max(counts),
+            max_seqlen_k=max(lengths),
+        )
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Stores k, v [T, kv_heads, head_dim] of this step's tokens at slots [T]."""
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def _reserve(self, ids: list[int], counts: list[int]) -> None:
+        wanted = []
+        for sequence, count in zip(ids, counts):
+            length = self.length(sequence) + count
+            if length > self.context_length:
+                raise ModelError(f"a sequence of {length} tokens is longer than the model's context of {self.context_length} tokens; "
+                                 "shorten the prompt or ask for fewer new tokens")
+            wanted.append(-(-length // self.block_size) - len(self._blocks[sequence]))
+        if sum(wanted) > len(self._free):
+            raise CacheFull(
+                f"{sum(counts)} more tokens for {len(ids)} sequences need {sum(wanted)} blocks of {self.block_size} tokens, "
+                f"{len(self._free)} of {self.num_blocks} are free; free sequences, or make the cache with a larger max_tokens"
+            )
+        for sequence, count, blocks in zip(ids, counts, wanted):
+            self._blocks[sequence].extend(self._free.pop() for _ in range(blocks))
+            self._lengths[sequence] += count
+
+    def _known(self, sequence: int) -> None:
+        if sequence not in self._lengths:
+            raise ValueError(f"sequence {sequence} is not in the cache, which holds {sorted(self._lengths)}")
+
+    def _tensor(self, values, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)

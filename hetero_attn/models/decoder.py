@@ -1,0 +1,158 @@
+"""The decoder: embedding, layers, final norm and head, over packed tokens [T, C].
+
+A layer is four pieces (norm, attention, norm, MLP) that stay separate methods: another schedule of the same work (token split, tiled
+all-reduce) calls the same pieces in another order. Here is the plain one. Communication happens in RowParallelLinear, in the
+experts, in the embedding and in the head, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from hetero_attn.communicator import Communicator
+from hetero_attn.models.attention import Attention
+from hetero_attn.models.cache import PagedCache, Step
+from hetero_attn.models.config import ModelConfig, ModelError
+from hetero_attn.models.mlp import MLP
+from hetero_attn.models.moe import MixtureOfExperts
+from hetero_attn.models.norm import RMSNorm
+from hetero_attn.models.rope import RotaryEmbedding
+from hetero_attn.parallel.linear import VocabularyEmbedding, VocabularyHead
+from hetero_attn.parallel.sharding import Partition, Shard
+from hetero_attn.registry import current_profile, use_profile
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post_norms (Gemma 2) a norm of each summand before it is added."""
+
+    def __init__(self, config: ModelConfig, layer: int, communicator: Communicator, partition: Partition, *, dtype, device):
+        super().__init__()
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(name, config.hidden_size, config.rms_norm_eps, config.norm_weight_offset, dtype=dtype, device=device)
+
+        block = MixtureOfExperts if config.experts else MLP
+        self.input_norm = norm("input_layernorm")
+        self.attention = Attention(config, layer, communicator, partition, dtype=dtype, device=device)
+        self.mlp_norm = norm("pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm")
+        self.mlp = block(config, layer, communicator, partition, dtype=dtype, device=device)
+        self.post_attention_norm = norm("post_attention_layernorm") if config.post_norms else None
+        self.post_mlp_norm = norm("post_feedforward_layernorm") if config.post_norms else None
+
+    def attention_part(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache) -> torch.Tensor:
+        """x [T, C], the residual stream -> what attention adds to it [T, C]."""
+        y = self.attention(self.input_norm(x), rotary, step, cache)
+        return y if self.post_attention_norm is None else self.post_attention_norm(y)
+
+    def mlp_part(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, C], the residual stream -> what the MLP adds to it [T, C]."""
+        y = self.mlp(self.mlp_norm(x))
+        return y if self.post_mlp_norm is None else self.post_mlp_norm(y)
+
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache) -> torch.Tensor:
+        x = x + self.attention_part(x, rotary, step, cache)
+        return x + self.mlp_part(x)
+
+    def shards(self, prefix: str, names: set[str]) -> Iterator[Shard]:
+        for norm in (self.input_norm, self.mlp_norm, self.post_attention_norm, self.post_mlp_norm):
+            if norm is not None:
+                yield from norm.shards(prefix)
+        yield from self.attention.shards(f"{prefix}self_attn.")
+        yield from self.mlp.shards(prefix, names)
+
+
+class Decoder(nn.Module):
+    """One rank of a tensor-parallel decoder. Made by load_model; parameters are empty until the checkpoint's shards are read.
+
+    config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        communicator: Communicator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        vocabulary: str = "sharded",
+        kv_block_size: int = 16,
+        profile=None,
+    ):
+        """Raises ModelError when the model cannot be cut for this world size (the text lists the sizes that work)."""
+        super().__init__()
+        try:
+            self.partition = Partition.of(
+                communicator.rank, communicator.world_size, q_heads=config.q_heads, kv_heads=config.kv_heads,
+                ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary,
+            )
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        self.config, self.communicator, self.vocabulary = config, communicator, vocabulary
+        self.dtype, self.device, self.profile, self.kv_block_size = dtype, torch.device(device), profile, kv_block_size
+        made = {"dtype": dtype, "device": self.device}
+        self.embed = VocabularyEmbedding(communicator, config.vocab_size, config.hidden_size, self.partition, **made)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, communicator, self.partition, **made) for i in range(config.layers))
+        self.norm = RMSNorm("norm", config.hidden_size, config.rms_norm_eps, config.norm_weight_offset, **made)
+        tied = self.embed if config.tied_embeddings else None
+        self.lm_head = VocabularyHead(communicator, config.vocab_size, config.hidden_size, self.partition, tied=tied, **made)
+        self.rotary = RotaryEmbedding(config.rotary, self.device)
+
+    def new_cache(self, max_tokens: int, max_sequences: int) -> PagedCache:
+        """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences."""
+        return PagedCache(
+            layers=self.config.layers,
+            num_blocks=PagedCache.blocks_for(max_tokens, max_sequences, self.kv_block_size),
+            block_size=self.kv_block_size,
+            kv_heads=len(self.partition.kv_heads),
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            max_sequences=max_sequences,
+            context_length=self.config.context_length,
+        )
+
+    @torch.no_grad()
+    def forward(self, step: Step, cache: PagedCache) -> torch.Tensor | None:
+        """Runs the T packed tokens of `step`, filling the cache -> logits [N, vocab] fp32 of the rows step.logits_at.
+
+        All ranks call it with the same step (under 'master', workers' tokens may be None, and they get None). Raises
+        CommunicatorError when a rank is lost, UnsupportedError when no backend runs the attention.
+        """
+        with self.choosing():
+            x = self.embedded(step)
+            rotary = self.rotary(step.positions, self.dtype)
+            for layer in self.layers:
+                x = layer(x, rotary, step, cache)
+            return self.logits(x, step)
+
+    def choosing(self) -> AbstractContextManager:
+        """Attention is chosen by the model's own profile inside it. Entering one voids what was decided before: only where it differs."""
+        if self.profile is None or current_profile(self.device.type) == self.profile:
+            return nullcontext()
+        return use_profile(self.profile)
+
+    def embedded(self, step: Step) -> torch.Tensor:
+        """Hidden states [T, C] of the step's tokens, on every rank."""
+        x = self.embed(step.tokens, step.total_q)
+        if self.config.embedding_scale != 1.0:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)         # rounded to the model's dtype, as it was trained
+        return x
+
+    def logits(self, x: torch.Tensor, step: Step) -> torch.Tensor | None:
+        """x [T, C], the last layer's output -> logits [N, vocab] fp32, or None on the workers under 'master'."""
+        if self.vocabulary == "master" and self.communicator.rank != 0:
+            return None
+        logits = self.lm_head(self.norm(x.index_select(0, step.logits_at)))
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def shards(self, names: set[str]) -> Iterator[Shard]:
+        """The slices of the checkpoint this rank needs; `names` are the tensors it has."""
+        yield from self.embed.shards("model.embed_tokens")
+        for index, layer in enumerate(self.layers):
+            yield from layer.shards(f"model.layers.{index}.", names)
+        yield from self.norm.shards("model.")
+        yield from self.lm_head.shards("lm_head")

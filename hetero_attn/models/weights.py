@@ -1,0 +1,165 @@
+"""Reading a rank's slices from safetensors, one file or many, without ever holding a whole checkpoint.
+
+Headers are read and checked first (they are small, and every mistake shows there: a truncated file, a missing tensor, a wrong shape or
+dtype), so that a bad checkpoint fails at once and by name. Then each slice is copied out of the mapped file into its parameter, and
+cast on the way: what a rank holds besides its parameters is one slice's pages.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hetero_attn.models.config import ModelError
+from hetero_attn.parallel.sharding import Shard
+
+log = logging.getLogger("hetero_attn")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HEADER_LIMIT = 100_000_000                     # bytes, the format's own
+# tensors that older checkpoints carry and no decoder needs: they follow from the config
+DERIVED = (".rotary_emb.inv_freq", ".self_attn.masked_bias", ".self_attn.bias")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the checkpoint: its file, the format's dtype name, its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Checkpoint:
+    """The tensors of a model directory, by name; opening it reads headers only. Raises ModelError."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.entries: dict[str, Entry] = {}
+        index = self.path / INDEX
+        if index.exists():
+            placed = _weight_map(index)
+            for name in sorted(set(placed.values())):
+                self.entries.update(read_header(self.path / name))
+            absent = sorted(set(placed) - set(self.entries))
+            if absent:
+                raise ModelError(f"{index} promises {_some(absent)}, which {placed[absent[0]]} does not hold; fetch the checkpoint again")
+        elif (self.path / SINGLE).exists():
+            self.entries.update(read_header(self.path / SINGLE))
+        else:
+            others = sorted(file.name for file in self.path.glob("*.bin"))
+            remedy = f"{others[0]} is a pickle: convert it to safetensors" if others else "expected that file, or several and an index"
+            raise ModelError(f"{self.path} has no {SINGLE} ({remedy})")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of the checkpoint's bytes, among those a model can have. Raises ModelError when it has none of them."""
+        held: dict[str, int] = defaultdict(int)
+        for entry in self.entries.values():
+            held[entry.dtype] += torch.Size(entry.shape).numel()
+        known = {name: count for name, count in held.items() if name in DTYPES}
+        if not known:
+            raise ModelError(f"{self.path}: the tensors are {', '.join(sorted(held)) or 'missing'}, expected one of {', '.join(DTYPES)}")
+        return DTYPES[max(known, key=known.get)]
+
+    def bytes_of(self, shard: Shard) -> int:
+        """What the shard takes in the checkpoint."""
+        return shard.into.numel() * DTYPES[self.entries[shard.name].dtype].itemsize
+
+    def check(self, shards: Iterable[Shard]) -> None:
+        """Raises ModelError when a tensor is missing, or has another shape or an unusable dtype."""
+        shards = list(shards)
+        missing = sorted({shard.name for shard in shards} - set(self.entries))
+        if missing:
+            raise ModelError(f"{self.path} lacks {_some(missing)}, which its config.json asks for; "
+                             "the checkpoint is incomplete, or another model's")
+        for shard in shards:
+            entry = self.entries[shard.name]
+            if entry.shape != shard.shape:
+                raise ModelError(f"{entry.file}: {shard.name} has shape {list(entry.shape)}, config.json asks for {list(shard.shape)}")
+            if entry.dtype not in DTYPES:
+                raise ModelError(f"{entry.file}: {shard.name} is {entry.dtype}, expected one of {', '.join(DTYPES)}; "
+                                 "quantized checkpoints are not supported")
+
+    def unused(self, shards: Iterable[Shard]) -> list[str]:
+        """Tensors of the checkpoint that no shard asks for and that are not known to follow from the config."""
+        return sorted(name for name in set(self.entries) - {shard.name for shard in shards} if not name.endswith(DERIVED))
+
+    def load(self, shards: Iterable[Shard], progress: Callable[[int, int], None] | None = None) -> int:
+        """Fills every shard's memory, reading its slice alone; returns the bytes read. progress(done_bytes, total_bytes) as it goes."""
+        shards = list(shards)
+        self.check(shards)
+        done, total = 0, sum(map(self.bytes_of, shards))
+        by_file: dict[Path, list[Shard]] = defaultdict(list)
+        for shard in sorted(shards, key=lambda shard: self.entries[shard.name].offset):         # in the order of the disk
+            by_file[self.entries[shard.name].file].append(shard)
+        if progress is not None:
+            progress(0, total)
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for shard in wanted:
+                        _copy(opened.get_slice(shard.name), shard)
+                        done += self.bytes_of(shard)
+                        if progress is not None:
+                            progress(done, total)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file} cannot be read: {error}; fetch the file again") from None
+        return done
+
+
+@torch.no_grad()
+def _copy(tensor, shard: Shard) -> None:
+    """The one place that touches weights: a view of the mapped file, copied (cast, moved to the device) into the parameter."""
+    if shard.into.numel():
+        shard.into.copy_(tensor[shard.index or slice(None)])
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, after checking that the file is as long as its header says. Raises ModelError."""
+    try:
+        size = os.path.getsize(file)
+        with open(file, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\xff"))
+            if length > HEADER_LIMIT or 8 + length > size:
+                raise ModelError(f"{file} is not a whole safetensors file ({size} bytes, header cut off or not one); fetch the file again")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: Entry(file, info["dtype"], tuple(info["shape"]), info["data_offsets"][0]) for name, info in header.items()}
+        end = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
+    except FileNotFoundError:
+        raise ModelError(f"{file} does not exist, and the checkpoint needs it; fetch the checkpoint again") from None
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{file} has a corrupt safetensors header ({type(error).__name__}: {error}); fetch the file again") from None
+    if end != size:
+        state = "truncated" if size < end else "longer than it should be"
+        raise ModelError(f"{file} is {state}: {size} bytes, its header describes {end}; fetch the file again")
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if placed and all(isinstance(name, str) and Path(name).name == name for name in placed.values()):
+            return placed
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ModelError(f"{index} is corrupt: expected a JSON object with weight_map, tensor name to file name; fetch the file again")
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"

@@ -1,0 +1,166 @@
+"""Linear layers, embedding and head of a tensor-parallel decoder: each holds its rank's slice and says which slice that is.
+
+A column-parallel layer makes a rank's own features and needs no communication; a row-parallel layer sums over all ranks' features, and
+its one all-reduce is the line to look for. Shards may be uneven, or empty. `linear` is the one place where a device's own product goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hetero_attn.communicator import Communicator
+from hetero_attn.parallel.sharding import Partition, Shard, split
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K], weight [N, K], bias [N] -> [T, N]. Every product of the decoder comes through here."""
+    return F.linear(x, weight, bias)
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    """A parameter without values and without gradient, to be filled from a checkpoint."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class ColumnParallelLinear(nn.Module):
+    """One or more projections of the same input, each cut by output features, kept as one weight so that they are one product.
+
+    parts: (name in the checkpoint, whole output features, this rank's) of each projection, for example q_proj, k_proj, v_proj.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Sequence[tuple[str, int, range]],
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        super().__init__()
+        self.in_features, self.parts = in_features, tuple(parts)
+        self.sizes = [len(own) for _, _, own in self.parts]
+        self.weight = empty_parameter(sum(self.sizes), in_features, dtype=dtype, device=device)          # [own features, in]
+        self.bias = empty_parameter(sum(self.sizes), dtype=dtype, device=device) if bias else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x [T, in] -> [T, own features] of each part."""
+        return linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        for index, (name, out_features, own) in enumerate(self.parts):
+            yield Shard(f"{prefix}{name}.weight", (out_features, self.in_features), (own,), self.weight.split(self.sizes)[index])
+            if self.bias is not None:
+                yield Shard(f"{prefix}{name}.bias", (out_features,), (own,), self.bias.split(self.sizes)[index])
+
+
+class RowParallelLinear(nn.Module):
+    """A projection cut by input features: every rank has a partial sum of all outputs. The bias is held, and added, by rank 0 alone."""
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        name: str,
+        in_features: int,
+        out_features: int,
+        own: range,
+        *,
+        site: str,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        super().__init__()
+        self.communicator, self.name, self.site = communicator, name, site
+        self.in_features, self.out_features, self.own = in_features, out_features, own
+        self.weight = empty_parameter(out_features, len(own), dtype=dtype, device=device)                # [out, own features]
+        self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias and communicator.rank == 0 else None
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, own features] -> this rank's summand [T, out], for schedules that add up in another way."""
+        return linear(x, self.weight, self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, own features] -> [T, out], the same on every rank: all_reduce(partial(x)), which a device may fuse."""
+        return self.communicator.linear_all_reduce(x, self.weight, self.bias, site=self.site)
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        shape = (self.out_features, self.in_features)
+        yield Shard(f"{prefix}{self.name}.weight", shape, (range(self.out_features), self.own), self.weight)
+        if self.bias is not None:
+            yield Shard(f"{prefix}{self.name}.bias", (self.out_features,), (), self.bias)
+
+
+class VocabularyEmbedding(nn.Module):
+    """Token ids to hidden states: rows over all ranks and summed ('sharded'), or looked up by rank 0 and broadcast ('master')."""
+
+    def __init__(
+        self, communicator: Communicator, vocab_size: int, hidden_size: int, partition: Partition, *,
+        dtype: torch.dtype, device: torch.device | str, site: str = "embed",
+    ):
+        super().__init__()
+        self.communicator, self.site = communicator, site
+        self.vocab_size, self.own, self.vocabulary = vocab_size, partition.vocab, partition.vocabulary
+        self.weight = empty_parameter(len(self.own), hidden_size, dtype=dtype, device=device)            # [own rows, C]
+
+    def forward(self, tokens: torch.Tensor | None, total: int) -> torch.Tensor:
+        """tokens [T] int64 (may be None where no rows are held under 'master'), total = T -> hidden states [T, C] on every rank."""
+        if self.vocabulary == "master" and self.communicator.rank != 0:
+            hidden = self.communicator.empty((total, self.weight.shape[1]), self.weight.dtype)
+            return self.communicator.broadcast(hidden, src=0, site=self.site)
+        self._check(tokens, total)
+        if self.vocabulary == "master":
+            return self.communicator.broadcast(F.embedding(tokens, self.weight), src=0, site=self.site)
+        if self.communicator.world_size == 1:
+            return F.embedding(tokens, self.weight)
+        hidden = self.weight.new_zeros(total, self.weight.shape[1])
+        if len(self.own):
+            mine = (tokens >= self.own.start) & (tokens < self.own.stop)
+            rows = F.embedding((tokens - self.own.start).clamp(0, len(self.own) - 1), self.weight)
+            hidden = torch.where(mine[:, None], rows, hidden)
+        return self.communicator.all_reduce(hidden, site=self.site)
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        if len(self.own):
+            yield Shard(f"{prefix}.weight", (self.vocab_size, self.weight.shape[1]), (self.own,), self.weight)
+
+    def _check(self, tokens: torch.Tensor | None, total: int) -> None:
+        if tokens is None:
+            raise ValueError(f"rank {self.communicator.rank} needs this step's token ids (vocabulary is {self.vocabulary!r}), got None")
+        # a device tensor is not synchronised for a check
+        if tokens.device.type == "cpu" and total and not (0 <= int(tokens.min()) and int(tokens.max()) < self.vocab_size):
+            raise ValueError(f"token ids from {int(tokens.min())} to {int(tokens.max())}, the vocabulary has 0 to {self.vocab_size - 1}")
+
+
+class VocabularyHead(nn.Module):
+    """Hidden states to logits, in fp32: columns gathered over all ranks ('sharded'), or made by rank 0 alone ('master').
+
+    `tied` shares the embedding's weight, which is cut in the same way.
+    """
+
+    def __init__(
+        self, communicator: Communicator, vocab_size: int, hidden_size: int, partition: Partition, *,
+        tied: VocabularyEmbedding | None = None, dtype: torch.dtype, device: torch.device | str, site: str = "lm_head",
+    ):
+        super().__init__()
+        self.communicator, self.site = communicator, site
+        self.vocab_size, self.own, self.vocabulary = vocab_size, partition.vocab, partition.vocabulary
+        self.sizes = [len(own) for own in split(vocab_size, partition.world_size)]                       # columns of every rank
+        self.tied = tied is not None
+        self.weight = tied.weight if tied else empty_parameter(len(self.own), hidden_size, dtype=dtype, device=device)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """hidden [N, C] -> logits [N, vocab] fp32; None on the workers under 'master'."""
+        if self.vocabulary == "master":
+            return linear(hidden, self.weight).float() if self.communicator.rank == 0 else None
+        if not len(hidden):
+            return hidden.new_empty(0, self.vocab_size, dtype=torch.float32)
+        return self.communicator.all_gather(linear(hidden, self.weight), dim=1, sizes=self.sizes, site=self.site).float()
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        if len(self.own) and not self.tied:
+            yield Shard(f"{prefix}.weight", (self.vocab_size, self.weight.shape[1]), (self.own,), self.weight)
