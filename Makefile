@@ -1,0 +1,58 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up what it needs (a virtual environment in .venv) first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?= examples/tiny-llama
+PROMPT ?= def fibonacci(n):
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch schema table wheel clean
+
+help:              ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+# torch first, alone and pinned: a looser requirement would pull several gigabytes of CUDA libraries onto a CPU machine.
+$(VENV)/.torch: constraints.txt
+	@echo "setting up $(VENV) (torch first: a few minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup-run: $(VENV)/.run    ## a virtual environment that runs the project
+setup: $(VENV)/.dev        ## the same with everything the tests need
+
+demo: $(VENV)/.run         ## stream a completion of a Python prompt by examples/tiny-llama on two ranks
+	$(BIN)/hetero-attn generate $(MODEL) --profile cpu --tp 2 --max-new-tokens 120 --prompt '$(PROMPT)'
+
+test: $(VENV)/.dev         ## the quick whole: reduced grids, real ranks
+	$(BIN)/python -m pytest -q tests hetero_attn/testing
+
+test-full: $(VENV)/.dev    ## full grids and long fuzzing
+	HETERO_ATTN_FULL=1 $(BIN)/python -m pytest -q tests hetero_attn/testing --timeout=3000
+
+lint: $(VENV)/.dev         ## ruff
+	$(BIN)/ruff check .
+
+bench-dispatch: $(VENV)/.dev   ## what a call costs beyond the kernel (bound: 10 us)
+	$(BIN)/python benchmarks/dispatch.py
+
+schema: $(VENV)/.run       ## rewrite configs/profile.schema.json from the dataclasses
+	$(BIN)/python -m hetero_attn.profile_schema --write
+
+table: $(VENV)/.run        ## rewrite README.md's table of backends and features from the code
+	$(BIN)/python -m hetero_attn.testing.feature_table --write README.md
+
+wheel: $(VENV)/.dev        ## build a wheel into dist/
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+clean:             ## remove the virtual environment and what was built
+	rm -rf $(VENV) dist .pytest_cache .hypothesis .ruff_cache
