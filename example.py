@@ -23,5 +23,5 @@ print(out.shape, lse.shape)
 
 # A decoder that uses nothing but the calls above.
 model = hetero_attn.load_model("examples/tiny-llama")
-for result in hetero_attn.generate(model, ["def add(a, b):"], max_new_tokens=24):
+for result in hetero_attn.generate(model, ["def add(a, b):"], hetero_attn.SamplingParams(max_new_tokens=24)):
     print(result.text)

@@ -17,13 +17,16 @@ from hetero_attn.registry import UnknownBackendError, use_backend, use_profile
 
 __version__ = "0.1.0"
 __all__ = [
-    "Backend", "Communicator", "CommunicatorError", "DeviceProfile", "ProfileError", "UnknownBackendError", "UnsupportedError",
-    "attention", "attention_varlen", "explain", "init_communicator", "load_model", "load_profile", "use_backend", "use_profile",
+    "Backend", "Communicator", "CommunicatorError", "DeviceProfile", "ProfileError", "SamplingParams", "UnknownBackendError",
+    "UnsupportedError", "attention", "attention_varlen", "explain", "generate", "init_communicator", "load_model", "load_profile",
+    "use_backend", "use_profile",
 ]
 _LAZY = {
     "Communicator": "hetero_attn.communicator",
     "CommunicatorError": "hetero_attn.communicator",
     "init_communicator": "hetero_attn.collectives",
+    "SamplingParams": "hetero_attn.models.sampling",
+    "generate": "hetero_attn.models.generate",
     "load_model": "hetero_attn.models",
 }
 

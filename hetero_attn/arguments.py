@@ -120,8 +120,8 @@ def check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     # Pages within a length must exist; ids beyond it are never read, so they may be anything. NumPy on the same memory: each torch
     # operation costs several times as much on tables this small; and seen as unsigned, a negative id is a large one.
     page_size, pages = k.shape[1], k.shape[0]
-    wrong = block_table.numpy().view(numpy.uint32) >= pages
-    if wrong.any() and any(wrong[b, : -(-length // page_size)].any() for b, length in enumerate(lengths)):
+    table = block_table.numpy().view(numpy.uint32)
+    if table.size and table.max() >= pages and any((table[b, : -(-n // page_size)] >= pages).any() for b, n in enumerate(lengths)):
         raise ValueError(f"block_table names a page outside 0..{pages - 1} within a sequence's length (seqused_k)")
 
 

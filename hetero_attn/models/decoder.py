@@ -23,7 +23,7 @@ from hetero_attn.models.norm import RMSNorm
 from hetero_attn.models.rope import RotaryEmbedding
 from hetero_attn.parallel.linear import VocabularyEmbedding, VocabularyHead
 from hetero_attn.parallel.sharding import Partition, Shard
-from hetero_attn.registry import current_profile, use_profile
+from hetero_attn.registry import use_profile
 
 
 class DecoderLayer(nn.Module):
@@ -129,10 +129,8 @@ class Decoder(nn.Module):
             return self.logits(x, step)
 
     def choosing(self) -> AbstractContextManager:
-        """Attention is chosen by the model's own profile inside it. Entering one voids what was decided before: only where it differs."""
-        if self.profile is None or current_profile(self.device.type) == self.profile:
-            return nullcontext()
-        return use_profile(self.profile)
+        """Inside it, attention is chosen by the model's own profile."""
+        return nullcontext() if self.profile is None else use_profile(self.profile)
 
     def embedded(self, step: Step) -> torch.Tensor:
         """Hidden states [T, C] of the step's tokens, on every rank."""
