@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import pickle
-import select
 import signal
 import sys
 import tempfile
@@ -40,10 +39,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hetero_attn.collectives import schedule_in_batches
 from hetero_attn.collectives.rendezvous import listen_on_loopback
+from hetero_attn.parallel.rank_watch import RankWatch
 
-GRACE_S = 2.0                                        # from the first rank's failure to the SIGKILL of those still there
-FAREWELL_S = 30.0                                    # the same after a first rank that ended well: interpreters may take long to exit
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+# What the launcher turns into an orderly end. SIGINT is not among them and stays Python's KeyboardInterrupt.
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 PR_SET_PDEATHSIG = 1
 
 
@@ -89,11 +88,11 @@ def run_ranks(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero-attn-ranks-")))
         stack.enter_context(_quiet_launcher())
         stack.enter_context(_environment({"OMP_NUM_THREADS": str(threads), **(env or {})}))
-        watch = stack.enter_context(_Watch(folder, world_size, timeout_s))
+        watch = stack.enter_context(RankWatch(folder, world_size, timeout_s))
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=world_size, max_restarts=0, run_id=uuid.uuid4().hex, start_method="spawn",
             monitor_interval=0.1, rdzv_backend=LoopbackRendezvous.NAME, local_addr="127.0.0.1",
-            logs_specs=DefaultLogsSpecs(log_dir=str(folder)), signals_to_handle=",".join(SIGNALS),
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder)), **_signal_option(),
         )
         # The launcher substitutes $-macros in string arguments, so ours travel inside a tuple.
         call = (fn, tuple(args), str(folder), os.getpid(), threads)
@@ -110,17 +109,22 @@ def run_ranks(
             raise failure from None
     # Everything is gone and the caller's handlers are back: let them have the signal, as if there had been no ranks.
     os.kill(os.getpid(), caught)
-    time.sleep(0.1)                                  # a Python handler runs here; SIGINT becomes KeyboardInterrupt
+    time.sleep(0.1)                                  # a handler written in Python runs here, and may raise
     raise RankFailure(0, f"all ranks ended on {caught.name}")
+
+
+def _signal_option() -> dict[str, str]:
+    """The launcher of older torch has no choice of signals; it takes SIGINT too, which then comes back by way of `caught`."""
+    return {"signals_to_handle": ",".join(SIGNALS)} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
 
 
 def _run_rank(call: tuple) -> bytes:
     """In the rank: arrange to die with the parent, then call the function; the result pickled, a failure written down for the parent."""
     fn, args, folder, parent, threads = call
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the whole terminal; the parent decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C reaches the whole terminal: end without a traceback, the parent speaks
     rank = int(os.environ["RANK"])
-    (Path(folder) / f"pid.{rank}").write_text(str(os.getpid()))
+    (Path(folder) / f"pid.{rank}").write_text(str(os.getpid()))   # for the watch
     torch.set_num_threads(threads)                   # OMP_NUM_THREADS alone may come too late: torch is imported already
     if int(os.environ["WORLD_SIZE"]) > 1:
         schedule_in_batches()
@@ -146,7 +150,7 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _first_failure(error: ChildFailedError, folder: Path, watch: _Watch) -> RankFailure:
+def _first_failure(error: ChildFailedError, folder: Path, watch: RankWatch) -> RankFailure:
     """Of all that went wrong, what went wrong first: later failures are mostly ranks that lost their peer."""
     if watch.timed_out:
         return RankFailure(watch.slowest(), f"the ranks were not done within {watch.timeout_s:g} s")
@@ -166,82 +170,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-class _Watch:
-    """A thread that waits for the ranks' ends (pidfd, Linux), and kills what is left some time after the first, or at the time limit.
-
-    The launcher stops the others with SIGTERM and looks again after 30 s; a rank under SIGSTOP would live as long.
-    """
-
-    def __init__(self, folder: Path, world_size: int, timeout_s: float | None) -> None:
-        self.folder, self.world_size, self.timeout_s = folder, world_size, timeout_s
-        self.timed_out = False
-        self._fds: dict[int, int] = {}
-        self._ended: set[int] = set()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hetero-attn-rank-watch", daemon=True)
-
-    def __enter__(self) -> _Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
-        for fd in self._fds.values():
-            os.close(fd)
-
-    def slowest(self) -> int:
-        """A rank that had not ended when the time was up."""
-        return min(set(range(self.world_size)) - self._ended, default=0)
-
-    def _watch(self) -> None:
-        if not hasattr(os, "pidfd_open"):
-            return
-        began, deadline = time.monotonic(), None
-        while not self._over.wait(0.1):
-            self._look()
-            now = time.monotonic()
-            if self._ended and deadline is None:
-                deadline = now + (FAREWELL_S if all(map(self._went_well, self._ended)) else GRACE_S)
-            if self.timeout_s is not None and now - began > self.timeout_s and not self._ended:
-                self.timed_out = True
-            if self.timed_out or (deadline is not None and now > deadline):
-                self._kill()                         # again and again: a rank that is still starting has not told its pid
-
-    def _went_well(self, rank: int) -> bool:
-        """Whether an ended rank's exit status is 0, read without taking it from the launcher, who waits for it too."""
-        try:
-            status = os.waitid(os.P_PIDFD, self._fds[rank], os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        except (KeyError, ChildProcessError):        # reaped already: a rank that failed at once, or the very end
-            return not any(self.folder.glob("failure.*.json"))
-        return status is None or status.si_status == 0
-
-    def _look(self) -> None:
-        for rank in set(range(self.world_size)) - set(self._fds) - self._ended:
-            path = self.folder / f"pid.{rank}"
-            text = path.read_text() if path.exists() else ""
-            if text:
-                try:
-                    self._fds[rank] = os.pidfd_open(int(text))
-                except ProcessLookupError:
-                    self._ended.add(rank)
-        self._ended |= {rank for rank, fd in self._fds.items() if _readable(fd)}
-
-    def _kill(self) -> None:
-        for rank, fd in self._fds.items():
-            if rank not in self._ended:
-                try:
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-
-
-def _readable(fd: int) -> bool:
-    poll = select.poll()                             # select() itself ends at descriptor 1023
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 class LoopbackRendezvous(RendezvousHandler):
@@ -303,7 +231,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 def _quiet_launcher() -> Iterator[None]:
     """The launcher logs each expected failure with a traceback; the one error that run_ranks raises says it."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith(("torch.distributed.", "torch.multiprocessing."))]
-    loggers = [logging.getLogger(name) for name in (*names, "torch.multiprocessing.spawn")]
+    loggers = [logging.getLogger(name) for name in (*names, "torch.multiprocessing.spawn", "torchelastic-events-null")]
     before = [each.disabled for each in loggers]
     for each in loggers:
         each.disabled = True
@@ -320,7 +248,8 @@ def _signals_restored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    numbers = [getattr(signal, name) for name in (*SIGNALS, "SIGINT")]
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:

@@ -1,0 +1,179 @@
+"""What travels: each collective as a generator over torch.distributed calls, which yields the work objects it has issued.
+
+Run to the end such a generator is the synchronous form; left after its first yield it is the asynchronous one. What torch.distributed
+leaves open is settled here: 16-bit floats are summed in fp32 in rank order and rounded once, rows need not divide by the ranks, any
+dtype moves (as bytes), tensors of devices without a library go through host memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hetero_attn.communicator import add_and_norm, shard_counts, shard_rows
+
+Steps = Generator[Any, None, Any]                    # yields torch.distributed work objects, returns the operation's result
+GLOO_SUMS = frozenset({torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64})
+WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+# Up to this many gathered elements a 16-bit sum gathers everything: one collective's latency instead of two.
+ONE_SHOT_ELEMENTS = 1 << 16
+MAX_DIMS = 14
+
+# torch 2.13 renamed these two and warns about the old names; both take one flat output or input tensor.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Exchange:
+    """The collectives of one rank over one group. Arguments are checked by the caller; results are as Communicator documents them.
+
+    group: serves CPU tensors by gloo and, where `native` names a device type, that device's tensors by its own library.
+    """
+
+    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None, native: str) -> None:
+        self.rank, self.world_size, self.group, self.native = rank, world_size, group, native
+
+    def is_single(self, x: torch.Tensor) -> bool:
+        """Whether an all_reduce of x is one torch.distributed call; the other operations are, all_reduce_rms_norm is not."""
+        return x.dtype in GLOO_SUMS or x.is_complex() or self.is_native(x)
+
+    def all_reduce(self, x: torch.Tensor) -> Steps:
+        buffer = self._sendable(x)
+        if buffer.numel() and self.world_size > 1:
+            flat = torch.view_as_real(buffer).flatten() if buffer.is_complex() else buffer.flatten()
+            if self.is_native(flat) or flat.dtype in GLOO_SUMS:
+                yield dist.all_reduce(flat, group=self.group, async_op=True)
+            elif flat.numel() * self.world_size <= ONE_SHOT_ELEMENTS:
+                parts = yield from self._gather_flat(flat, [flat.numel()] * self.world_size)
+                flat.copy_(sum_in_rank_order(parts, flat.dtype))
+            else:
+                counts = shard_counts(self.world_size, flat.numel())
+                own = yield from self._scatter_sum(flat, counts)
+                parts = yield from self._gather_flat(own, counts)
+                torch.cat([part[:count] for part, count in zip(parts, counts)], out=flat)
+        return _written_back(x, buffer)
+
+    def reduce_scatter(self, x: torch.Tensor) -> Steps:
+        own = shard_rows(x.shape[0], self.rank, self.world_size)
+        if self.world_size == 1 or not x.numel():
+            return x[own].clone(memory_format=torch.contiguous_format)
+        buffer = self._sendable(x)
+        flat = torch.view_as_real(buffer).flatten() if buffer.is_complex() else buffer.flatten()
+        width = flat.numel() // x.shape[0]
+        total = yield from self._scatter_sum(flat, [rows * width for rows in shard_counts(self.world_size, x.shape[0])])
+        if x.is_complex():
+            total = torch.view_as_complex(total.view(-1, 2))
+        return total.view(own.stop - own.start, *x.shape[1:]).to(x.device)
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int] | None) -> Steps:
+        if sizes is None:
+            sizes = yield from self._exchange_sizes(x, dim)
+        buffer = self._sendable(x)
+        width = math.prod(size for axis, size in enumerate(x.shape) if axis != dim)
+        parts = yield from self._gather_flat(buffer.flatten(), [size * width for size in sizes])
+        if dim == 0 and min(sizes) == max(sizes):                                              # parts are the result, in order
+            return parts.view(sum(sizes), *x.shape[1:]).to(x.device)
+        shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
+        return torch.cat([part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes)], dim).to(x.device)
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Steps:
+        buffer = self._sendable(x)
+        if buffer.numel() and self.world_size > 1:
+            yield dist.broadcast(_as_bytes(buffer), src, group=self.group, async_op=True)
+        return x if self.rank == src else _written_back(x, buffer)
+
+    def all_reduce_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual_shard: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        post_weight: torch.Tensor | None,
+    ) -> Steps:
+        shard = yield from self.reduce_scatter(x)                                             # [rows(T), C]
+        normed = add_and_norm(shard, residual_shard, weight, eps, weight_offset, post_weight)
+        normed = yield from self.all_gather(normed, 0, shard_counts(self.world_size, x.shape[0]))           # [T, C]
+        return normed, residual_shard
+
+    # ---- pieces: flat tensors in and out
+
+    def _scatter_sum(self, flat: torch.Tensor, counts: list[int]) -> Steps:
+        """flat [sum of counts] on every rank -> the sum of this rank's piece [counts[rank]], added in rank order."""
+        own = counts[self.rank]
+        if self.is_native(flat):
+            if min(counts) == max(counts):
+                total = flat.new_empty(own)
+                yield reduce_scatter_single(total, flat, group=self.group, async_op=True)
+                return total
+            total = flat.clone()
+            yield dist.all_reduce(total, group=self.group, async_op=True)
+            return total.split(counts)[self.rank].clone()
+        parts = flat.new_empty(self.world_size, own)                                           # [N, own]
+        item = flat.element_size()
+        yield dist.all_to_all_single(
+            _as_bytes(parts), _as_bytes(flat), [own * item] * self.world_size, [count * item for count in counts],
+            group=self.group, async_op=True,
+        )
+        return sum_in_rank_order(parts, flat.dtype)
+
+    def _gather_flat(self, flat: torch.Tensor, counts: list[int]) -> Steps:
+        """flat [counts[rank]] of each rank -> all of them [N, longest] on every rank; shorter ones are padded at their end."""
+        longest = max(counts)
+        if self.world_size == 1:
+            return flat.clone().view(1, longest)
+        parts = flat.new_empty(self.world_size, longest)                                       # [N, longest]
+        if longest:
+            padded = flat
+            if flat.numel() < longest:
+                padded = flat.new_empty(longest)
+                padded[: flat.numel()] = flat
+            yield all_gather_single(_as_bytes(parts), _as_bytes(padded), group=self.group, async_op=True)
+        return parts
+
+    def _exchange_sizes(self, x: torch.Tensor, dim: int) -> Steps:
+        """Every rank's extent of `dim`. ValueError, on every rank alike, when their other axes or their dtypes' widths differ."""
+        own = torch.zeros(MAX_DIMS + 3, dtype=torch.int64)
+        own[:3] = torch.tensor([x.dim(), dim, x.element_size()])
+        own[3 : 3 + x.dim()] = torch.tensor(x.shape)
+        rows = (yield from self._gather_flat(own, [own.numel()] * self.world_size)).tolist()
+        others = [[*row[: 3 + row[1]], *row[4 + row[1] :]] for row in rows]
+        if any(other != others[0] for other in others):
+            shapes = ", ".join(f"{row[3:3 + row[0]]} (dim {row[1]}, {row[2]} bytes an element)" for row in rows)
+            raise ValueError(f"all_gather: the ranks' tensors are {shapes}; expected them to differ in dim only")
+        return [row[3 + row[1]] for row in rows]
+
+    def is_native(self, x: torch.Tensor) -> bool:
+        """Whether the group's device library (NCCL, HCCL) takes this tensor; gloo is not meant."""
+        return x.device.type != "cpu" and x.device.type == self.native
+
+    def _sendable(self, x: torch.Tensor) -> torch.Tensor:
+        """x itself where the group can take it, else a contiguous copy, on the host where the device has no library."""
+        x = x.detach().resolve_conj().resolve_neg()
+        if x.device.type != "cpu" and not self.is_native(x):
+            x = x.to("cpu")
+        return x.contiguous()
+
+
+def sum_in_rank_order(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """parts [N, n] added one by one in the order given, 16-bit floats in fp32, rounded once: [n] of `dtype`."""
+    total = parts[0].to(WIDER.get(dtype, dtype), copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(dtype)
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as the bytes it is made of: gloo moves few dtypes, and bytes are one of them."""
+    return x.reshape(-1).view(torch.uint8)
+
+
+def _written_back(x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """The result in x's own memory: copied there unless the buffer is that memory."""
+    if buffer.data_ptr() != x.data_ptr() or buffer.device != x.device or buffer.stride() != x.stride() or x.is_conj() or x.is_neg():
+        x.copy_(buffer)
+    return x
