@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from hetero_attn.communicator import Communicator
+from hetero_attn.models.agreement import check_agreement
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.weights import Checkpoint, log
@@ -61,6 +62,7 @@ def load_model(
         if tp is not None and tp != communicator.world_size:
             raise ModelError(f"tp is {tp}, but {communicator.world_size} ranks are running; start the program with "
                              f"torchrun --nproc-per-node={tp}, or leave tp out")
+        check_agreement(config, chosen, vocabulary, communicator)
         decoder = Decoder(
             config, communicator, dtype=chosen, device=communicator.device, vocabulary=vocabulary,
             kv_block_size=profile.kv_block_size, profile=profile,

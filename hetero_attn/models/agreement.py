@@ -1,0 +1,43 @@
+"""Do all ranks mean the same model? Asked once, before weights are read.
+
+Ranks may differ in device, profile and backend, and each reads its own command line and directory. What must not differ (the
+architecture, the dtype that travels, where the vocabulary lies) would otherwise show as a hang or as nonsense.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+
+import torch
+
+from hetero_attn.communicator import Communicator
+from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
+from hetero_attn.parallel.sharding import VOCABULARIES
+
+SITE = "agreement"
+_DTYPES = list(DTYPES)
+
+
+def check_agreement(config: ModelConfig, dtype: torch.dtype, vocabulary: str, communicator: Communicator) -> None:
+    """Raises ModelError, on every rank alike, when the ranks differ in the model, its dtype or its vocabulary."""
+    if communicator.world_size == 1:
+        return
+    own = [_digest(config), _DTYPES.index(str(dtype).removeprefix("torch.")), VOCABULARIES.index(vocabulary)]
+    mine = torch.tensor([own], dtype=torch.int64, device=communicator.device)                        # [1, 3]
+    ranks = communicator.all_gather(mine, sizes=[1] * communicator.world_size, site=SITE).tolist()
+    for rank, theirs in enumerate(ranks):
+        if theirs[1] != ranks[0][1]:
+            raise ModelError(f"ranks disagree on the dtype: rank 0 has {_DTYPES[ranks[0][1]]}, rank {rank} has {_DTYPES[theirs[1]]} "
+                             "(profiles may prefer unlike ones); name one dtype on every rank")
+        if theirs[2] != ranks[0][2]:
+            raise ModelError(f"ranks disagree on the vocabulary: rank 0 has {VOCABULARIES[ranks[0][2]]!r}, rank {rank} has "
+                             f"{VOCABULARIES[theirs[2]]!r} (profiles may prefer unlike ones); name one on every rank")
+        if theirs[0] != ranks[0][0]:
+            raise ModelError(f"rank {rank} reads another model than rank 0: their config.json differ; give every rank the same model")
+
+
+def _digest(config: ModelConfig) -> int:
+    """63 bits of everything in the configuration but where it lies on this host's disk."""
+    text = "|".join(f"{field.name}={getattr(config, field.name)!r}" for field in fields(config) if field.name != "path")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
