@@ -77,7 +77,7 @@ def _backend(name: str, profile) -> dict:
     """One backend: does a tiny attention call work on it here, for the profile's device if that is here, else on the CPU."""
     from hetero_attn import registry
 
-    reasons = registry.find(name).unavailable_reasons()
+    reasons = registry.unavailable(registry.find(name))
     absent = name not in registry.names()
     probed_on = None
     if not reasons and not absent:
@@ -124,7 +124,7 @@ def _communicators(profile) -> list[dict]:
             reasons = [] if transports else ["this torch was built without torch.distributed"]
             found.append({"name": name, "transports": transports, "reasons": reasons})
         else:
-            found.append({"name": name, "transports": [], "reasons": list(registry.find(name).unavailable_reasons())})
+            found.append({"name": name, "transports": [], "reasons": registry.unavailable(registry.find(name))})
     return found
 
 

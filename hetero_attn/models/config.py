@@ -8,6 +8,7 @@ hub's (rope_theta, rope_scaling, torch_dtype) and that of transformers 5 (rope_p
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ FAMILIES: dict[str, Family] = {                # by model_type; Yi is published 
         "num_local_experts": 8, "num_experts_per_tok": 2,
     }, qkv_bias=False, o_bias=False, windows="all", experts=True),
 }
+LAYERS_LIMIT = 10_000                          # far above any model: a garbled number is refused instead of filling the memory
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -112,7 +114,8 @@ class ModelConfig:
         read = _Keys({**family.defaults, **{key: value for key, value in keys.items() if value is not None or key == "sliding_window"
                                             or key.endswith("softcapping")}})
         generation = generation or {}
-        hidden, q_heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.size("num_hidden_layers")
+        hidden, q_heads = read.size("hidden_size"), read.size("num_attention_heads")
+        layers = read.size("num_hidden_layers", most=LAYERS_LIMIT)
         kv_heads = read.size("num_key_value_heads", q_heads)
         if q_heads % kv_heads:
             raise ModelError(f"config.json: num_attention_heads {q_heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -121,7 +124,7 @@ class ModelConfig:
         if activation not in ACTIVATIONS:
             raise ModelError(f"config.json: activation {activation!r} is not built; known: {', '.join(ACTIVATIONS)}")
         context_length = read.size("max_position_embeddings", 2048)
-        attention_bias = bool(read.get("attention_bias", False))
+        attention_bias = read.flag("attention_bias")
         gemma = family.gemma
         config = cls(
             path=Path(path),
@@ -138,7 +141,7 @@ class ModelConfig:
             activation=activation,
             rotary=_rotary(read, head_dim, context_length),
             windows=_windows(read, family, layers),
-            attention_scale=(read.number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
+            attention_scale=(read.number("query_pre_attn_scalar", zero=False) if gemma else head_dim) ** -0.5,
             attention_softcap=read.number("attn_logit_softcapping", 0.0) if gemma else 0.0,
             logit_softcap=read.number("final_logit_softcapping", 0.0) if gemma else 0.0,
             norm_weight_offset=1 if gemma else 0,
@@ -146,9 +149,9 @@ class ModelConfig:
             embedding_scale=hidden**0.5 if gemma else 1.0,
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=attention_bias if family.o_bias is None else family.o_bias,
-            mlp_bias=bool(read.get("mlp_bias", False)) if family.mlp_bias is None else family.mlp_bias,
+            mlp_bias=read.flag("mlp_bias") if family.mlp_bias is None else family.mlp_bias,
             qk_norm=family.qk_norm,
-            tied_embeddings=bool(read.get("tie_word_embeddings", False)),
+            tied_embeddings=read.flag("tie_word_embeddings"),
             experts=read.size("num_local_experts") if family.experts else 0,
             experts_per_token=read.size("num_experts_per_tok") if family.experts else 0,
             dtype=_dtype(read),
@@ -164,18 +167,26 @@ class ModelConfig:
 class _Keys(dict):
     """config.json's keys, read with a check of the value."""
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"config.json: {key} is {value!r}, expected a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ModelError(f"config.json: {key} is {value!r}, expected {'a positive integer' if least else 'an integer, not negative'}")
+        if value > most:
+            raise ModelError(f"config.json: {key} is {value}, expected at most {most}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def flag(self, key: str) -> bool:
+        value = self.get(key, False)
+        if not isinstance(value, bool):                            # the text "false" must not switch something on
+            raise ModelError(f"config.json: {key} is {value!r}, expected true or false")
+        return value
+
+    def number(self, key: str, default: float | None = None, *, zero: bool = True) -> float:
         value = self.get(key, default)
         if value is None and key.endswith("softcapping"):          # an explicit null switches a softcap off
             return 0.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ModelError(f"config.json: {key} is {value!r}, expected a number, not negative")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf or not (value or zero):
+            raise ModelError(f"config.json: {key} is {value!r}, expected a finite number, {'not negative' if zero else 'positive'}")
         return float(value)
 
 
@@ -184,7 +195,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist; expected a Hugging Face model directory with config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds {type(content).__name__}, expected a JSON object")
@@ -193,6 +204,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _family(keys: Mapping[str, Any]) -> tuple[str, Family]:
     architectures, model_type = keys.get("architectures") or [], keys.get("model_type")
+    if not isinstance(architectures, list):
+        raise ModelError(f"config.json: architectures is {architectures!r}, expected a list of names")
     for known, family in FAMILIES.items():
         if family.architecture in architectures or (not architectures and known == model_type):
             return known, family
@@ -226,18 +239,20 @@ def _rotary(read: _Keys, head_dim: int, context_length: int) -> RotaryConfig:
 
 def _windows(read: _Keys, family: Family, layers: int) -> tuple[int | None, ...]:
     """Per layer: None or the window's width, as the family and use_sliding_window / max_window_layers / layer_types say."""
-    off = family.windows == "none" or (family.windows == "late" and not read.get("use_sliding_window", False))
+    off = family.windows == "none" or (family.windows == "late" and not read.flag("use_sliding_window"))
     width = None if off or read.get("sliding_window") is None else read.size("sliding_window")
     kinds = read.get("layer_types")
+    if not isinstance(kinds, list | None):
+        raise ModelError(f"config.json: layer_types is {kinds!r}, expected a list of {layers} names")
     if width is None and family.windows != "none" and kinds and "sliding_attention" in kinds:
         raise ModelError("config.json: layer_types has sliding_attention, but sliding_window is off; set sliding_window to a width")
     if width is None:
         return (None,) * layers
     if kinds is None:
-        first = read.get("max_window_layers", layers) if family.windows == "late" else 0
+        first = read.size("max_window_layers", layers, least=0) if family.windows == "late" else 0
         slides = [i % 2 == 0 if family.windows == "alternate" else i >= first for i in range(layers)]
         return tuple(width if slide else None for slide in slides)
-    if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
+    if len(kinds) != layers or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
         raise ModelError(f"config.json: layer_types is {kinds!r}, expected {layers} times sliding_attention or full_attention")
     if family.windows == "all" and "full_attention" in kinds:
         raise ModelError(f"config.json: {family.architecture} slides in all layers or none, layer_types mixes them")
@@ -248,7 +263,7 @@ def _dtype(read: _Keys) -> torch.dtype | None:
     name = read.get("dtype") or read.get("torch_dtype")
     if name in (None, "auto"):
         return None
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ModelError(f"config.json: dtype {name!r} is not supported; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 

@@ -21,7 +21,10 @@ FIRST_CACHE_TOKENS = 4096       # grown by doubling, so that a short talk with a
 
 
 class Conversation:
-    """Turns of user and assistant on an open driver (rank 0). messages: what has been said, as the chat template takes it."""
+    """Turns of user and assistant on an open driver (rank 0), whose cache it takes over: one conversation at a time.
+
+    messages: what has been said, as the chat template takes it. prefilled: prompt tokens that the last turn had to run.
+    """
 
     def __init__(self, driver: Driver, tokenizer: Tokenizer, params: SamplingParams, *, system: str | None = None):
         """Raises ModelError when the model has no chat template."""
@@ -32,7 +35,7 @@ class Conversation:
         self._capacity = 0
         self._cache_id: int | None = None
         self.messages: list[dict[str, str]] = []
-        self.prefilled = 0                  # prompt tokens that the last turn had to run
+        self.prefilled = 0
         self._turns = 0
         self.reset()
         tokenizer.chat([*self._opening, {"role": "user", "content": "?"}])
@@ -73,7 +76,7 @@ class Conversation:
                     self._turns += 1
         finally:
             if sequence.cached != self._in_cache:                   # broken off: the cache holds a turn that does not count
-                self._text, self._ids, self._in_cache = "", [], 0
+                self._in_cache = 0
 
     def _encoded(self, prompt: str) -> list[int]:
         if self._text and prompt.startswith(self._text):

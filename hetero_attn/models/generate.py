@@ -7,6 +7,7 @@ exception, Ctrl-C, an iterator that is dropped, the other ranks are released.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -137,7 +138,8 @@ class GenerationStream:
 
     def __del__(self):
         if getattr(self, "_owned", None) is not None:
-            self.close()
+            with contextlib.suppress(Exception):        # the group may be gone already; nobody could catch it here
+                self.close()
 
 
 def _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, cache_tokens) -> Iterator[Piece]:

@@ -53,6 +53,8 @@ def load_model(
     vocabulary = vocabulary or profile.vocabulary
     if vocabulary not in VOCABULARIES:
         raise ModelError(f"vocabulary is {vocabulary!r}, expected one of {', '.join(VOCABULARIES)}")
+    # the whole model's tensors, on no memory: a fault in a part that only some ranks read must stop all of them
+    checkpoint.check(Decoder(config, Communicator(0, 1), dtype=chosen, device="meta").shards(set(checkpoint.entries)))
     made = communicator is None
     if made:
         from hetero_attn.collectives import init_communicator  # torch.distributed, which a given communicator may do without

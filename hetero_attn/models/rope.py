@@ -62,9 +62,9 @@ class RotaryConfig:
         original = _positive(parameters, "original_max_position_embeddings")
         return cls(
             head_dim, theta, rope_type, factor, int(original),
-            beta_fast=float(parameters.get("beta_fast") or 32.0),
-            beta_slow=float(parameters.get("beta_slow") or 1.0),
-            attention_factor=float(parameters.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)),
+            beta_fast=_positive(parameters, "beta_fast", 32.0),
+            beta_slow=_positive(parameters, "beta_slow", 1.0),
+            attention_factor=_positive(parameters, "attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
         )
 
     def inverse_frequencies(self) -> torch.Tensor:
@@ -94,9 +94,9 @@ class RotaryConfig:
         return stretch * inverse / self.factor + (1 - stretch) * inverse
 
 
-def _positive(parameters: Mapping[str, Any], key: str) -> float:
-    value = parameters.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+def _positive(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = parameters.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{key} is {value!r} in the rope parameters, expected a positive number")
     return float(value)
 

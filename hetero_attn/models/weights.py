@@ -12,7 +12,8 @@ import logging
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,15 +107,12 @@ class Checkpoint:
         if progress is not None:
             progress(0, total)
         for file, wanted in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for shard in wanted:
-                        _copy(opened.get_slice(shard.name), shard)
-                        done += self.bytes_of(shard)
-                        if progress is not None:
-                            progress(done, total)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} cannot be read: {error}; fetch the file again") from None
+            with _opened(file) as opened:
+                for shard in wanted:
+                    _copy(opened.get_slice(shard.name), shard)
+                    done += self.bytes_of(shard)
+                    if progress is not None:
+                        progress(done, total)
         return done
 
 
@@ -141,14 +139,25 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise ModelError(f"{file} does not exist, and the checkpoint needs it; fetch the checkpoint again") from None
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{file} has a corrupt safetensors header ({type(error).__name__}: {error}); fetch the file again") from None
     if end != size:
         state = "truncated" if size < end else "longer than it should be"
         raise ModelError(f"{file} is {state}: {size} bytes, its header describes {end}; fetch the file again")
-    return entries
+    with _opened(file):                        # the format's own reader checks the rest: known dtypes, offsets without gap or overlap
+        return entries
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator:
+    """The file as the format's own reader maps it; what that reader objects to becomes a ModelError."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}; fetch the file again") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -156,7 +165,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if placed and all(isinstance(name, str) and Path(name).name == name for name in placed.values()):
             return placed
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ModelError(f"{index} is corrupt: expected a JSON object with weight_map, tensor name to file name; fetch the file again")
 

@@ -1,0 +1,46 @@
+"""The hetero-attn command: one subcommand a file, each with add_parser(subparsers) and run(args) -> exit code.
+
+Whatever goes wrong ends here, in errors.report: one line on stderr and an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hetero_attn.cli import doctor, explain, generate
+from hetero_attn.cli.errors import CommandError, report
+
+SUBCOMMANDS = (doctor, explain, generate)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a wrong argument as an exception like any other error."""
+
+    def error(self, message: str):
+        raise CommandError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    from hetero_attn import __version__
+
+    top = Parser(prog="hetero-attn", description="One attention call and one set of collectives over unlike accelerators.")
+    top.add_argument("--version", action="version", version=f"hetero-attn {__version__}")
+    subparsers = top.add_subparsers(metavar="COMMAND", required=True)
+    for subcommand in SUBCOMMANDS:
+        subcommand.add_parser(subparsers)
+        subparsers.choices[subcommand.__name__.rpartition(".")[2]].set_defaults(run=subcommand.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (None: this process's) and returns its exit code."""
+    try:
+        args = parser().parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()              # here a reader that has gone is still an error to be reported quietly
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)

@@ -1,0 +1,83 @@
+"""What generate prints: text as it comes on stdout, speed on stderr, or one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from hetero_attn.cli.request import Request
+from hetero_attn.models.generate import Generation, Piece
+from hetero_attn.spec import dtype_name
+
+
+class TextPrinter:
+    """Prints pieces in the prompts' order: the first unfinished prompt's as they come, the later ones' when their turn is there.
+
+    Several prompts get a heading each. stream=False holds a text back until it is complete.
+    """
+
+    def __init__(self, count: int, *, stream: bool = True, file=None):
+        self._count, self._stream, self._file = count, stream, file or sys.stdout
+        self._texts, self._ended = [""] * count, [False] * count
+        self._turn = 0
+        self._written = ""
+        self._head()
+
+    def __call__(self, piece: Piece) -> None:
+        self._texts[piece.index] += piece.text
+        self._ended[piece.index] |= piece.done is not None
+        while self._turn < self._count:
+            if self._stream or self._ended[self._turn]:
+                self._write(self._texts[self._turn])
+                self._texts[self._turn] = ""
+            if not self._ended[self._turn]:
+                return
+            if not self._written.endswith("\n"):
+                self._write("\n")
+            self._turn += 1
+            self._head()
+
+    def _head(self) -> None:
+        if self._count > 1 and self._turn < self._count:
+            self._write(f"==> prompt {self._turn + 1} <==\n")
+        self._written = ""
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._file.write(text)
+            self._file.flush()
+            self._written = text
+
+
+def speed(results: Sequence[Generation]) -> dict[str, float]:
+    """tokens of all results, seconds to the first one, and tokens/s after it over all sequences (0 when there was only one step)."""
+    tokens = sum(len(result.token_ids) for result in results)
+    first = min((result.first_token_s for result in results if result.token_ids), default=0.0)
+    last = max((result.total_s for result in results), default=0.0)
+    started = sum(1 for result in results if result.token_ids)
+    rate = (tokens - started) / (last - first) if tokens > started and last > first else 0.0
+    return {"tokens": tokens, "first_token_s": first, "tokens_per_s": rate}
+
+
+def report_speed(request: Request, results: Sequence[Generation]) -> None:
+    """One line on stderr."""
+    if not results:
+        return
+    total = speed(results[-1:] if request.interactive else results)
+    where = f"tp {request.tp}, backend {request.runs_on}, profile {request.profile.name}, {dtype_name(request.dtype)}"
+    print(f"{total['tokens']} tokens, first token after {total['first_token_s']:.2f} s, {total['tokens_per_s']:.1f} tokens/s ({where})",
+          file=sys.stderr, flush=True)
+
+
+def report_json(request: Request, results: Sequence[Generation], load_s: float) -> None:
+    """The one object on stdout; results are in the prompts' (or turns') order."""
+    facts = {
+        "model": str(request.model), "profile": request.profile.name, "backend": request.runs_on, "device": request.profile.device,
+        "dtype": dtype_name(request.dtype), "vocabulary": request.vocabulary, "tp": request.tp, "seed": request.params.seed,
+        "load_s": load_s, **speed(results), "results": [asdict(result) | {"index": place} for place, result in enumerate(results)],
+    }
+    json.dump(facts, sys.stdout, ensure_ascii=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()

@@ -1,0 +1,168 @@
+"""What `hetero-attn generate` was asked for, checked before any rank starts or any weight is read.
+
+Ranks take seconds to start and a failing one takes the others with it, so all that can be known beforehand is found here, in one
+process: the directory and its headers, the tokenizer, the tensor-parallel size, the profile, the backend, every prompt's length.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hetero_attn import registry
+from hetero_attn.cli.errors import CommandError
+from hetero_attn.communicator import Communicator
+from hetero_attn.models.config import DTYPES, ModelConfig
+from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.generate import generation_config, prompt_ids
+from hetero_attn.models.sampling import SamplingParams
+from hetero_attn.models.tokenizer import Tokenizer
+from hetero_attn.models.weights import Checkpoint
+from hetero_attn.profile import DeviceProfile, load_profile
+from hetero_attn.profile_detect import present_device
+from hetero_attn.spec import AttentionSpec
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line. Plain values only: it is sent to ranks. prompts is () for a conversation, and where rank 0 has them."""
+
+    model: Path
+    prompts: tuple[str, ...]
+    params: SamplingParams
+    profile: DeviceProfile
+    tp: int
+    backend: str | None             # by name; None: the profile decides
+    runs_on: str                    # the backend that serves the model's attention
+    dtype: torch.dtype
+    device: str | None
+    vocabulary: str
+    chat: bool
+    system: str | None
+    json: bool
+    stream: bool
+    interactive: bool               # a conversation with whoever is at standard input
+    bar: bool | None
+
+
+def checked(args, world_size: int, *, rank: int = 0) -> Request:
+    """The Request of parsed arguments for `world_size` ranks, of which only rank 0 reads the prompts.
+
+    Raises CommandError, ModelError, ProfileError, UnknownBackendError, UnsupportedError.
+    """
+    if args.system is not None and not args.chat:
+        raise CommandError("--system is the first message of a conversation: give --chat too")
+    config = ModelConfig.from_dir(args.model)
+    checkpoint = Checkpoint(args.model)
+    profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=str(args.model))
+    device = present_device(args.device if args.device is not None else profile.device)
+    if device.type != profile.device:
+        raise CommandError(f"--device is {args.device}, profile {profile.name!r} is for {profile.device}; leave one of the two out")
+    vocabulary = args.vocabulary or profile.vocabulary
+    dtype = _dtype(args.dtype or profile.dtype, config, checkpoint)
+    _check_weights(config, checkpoint, world_size, vocabulary)
+    tokenizer = Tokenizer.from_dir(args.model)
+    params = _params(args, tokenizer)
+    sources = _sources(args)
+    prompts = tuple(text if kind == "text" else _read(text) for kind, text in sources) if rank == 0 else ()
+    request = Request(
+        model=Path(args.model), prompts=prompts, params=params, profile=profile, tp=world_size, backend=args.backend,
+        runs_on=_backend(args.backend, config, world_size, dtype, device, profile), dtype=dtype, device=args.device, vocabulary=vocabulary,
+        chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), interactive=not sources,
+        bar=True if args.progress else None,
+    )
+    for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts)):
+        prompt_ids(prompt, config, tokenizer, name)
+    if request.interactive:
+        tokenizer.chat([*opening(request), {"role": "user", "content": "?"}])
+    return request
+
+
+def opening(request: Request) -> list[dict[str, str]]:
+    """The messages a conversation begins with."""
+    return [] if request.system is None else [{"role": "system", "content": request.system}]
+
+
+def as_prompts(request: Request, tokenizer: Tokenizer) -> list[str | list[int]]:
+    """The prompts as generate takes them; under --chat each is one user turn, rendered by the template (which writes its own BOS)."""
+    if not request.chat:
+        return list(request.prompts)
+    turns = [[*opening(request), {"role": "user", "content": prompt}] for prompt in request.prompts]
+    return [tokenizer.encode(tokenizer.chat(turn), add_special_tokens=False) for turn in turns]
+
+
+def _names(prompts: Sequence[str]) -> list[str]:
+    return ["the prompt"] if len(prompts) == 1 else [f"prompt {number} of {len(prompts)}" for number in range(1, len(prompts) + 1)]
+
+
+def _sets(args) -> list[str]:
+    return [*args.set, *([] if args.timeout is None else [f"timeout_s={args.timeout}"])]
+
+
+def _params(args, tokenizer: Tokenizer) -> SamplingParams:
+    given = {name: getattr(args, name) for name in SAMPLING}
+    stored = generation_config(args.model)
+    try:
+        SamplingParams.from_generation_config(stored)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{args.model}/generation_config.json: {error}") from None
+    try:
+        params = SamplingParams.from_generation_config(stored, **given, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
+
+
+def _sources(args) -> list[tuple[str, str]]:
+    """('text', prompt) or ('file', name) in the order given; [] for a conversation. Raises CommandError."""
+    sources = list(args.prompts)
+    if not sources and not args.chat:
+        raise CommandError("no prompt: give --prompt TEXT, --prompt-file FILE, - for standard input, or --chat")
+    if sources.count(("file", "-")) > 1:
+        raise CommandError("standard input (-) is asked for twice, it can be read once")
+    return sources
+
+
+def _read(name: str) -> str:
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        shown = "standard input" if name == "-" else name
+        raise CommandError(f"prompt file {shown} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x})") from None
+    except OSError as error:
+        raise CommandError(f"prompt file {name} cannot be read: {error.strerror}") from None
+
+
+def _dtype(name: str, config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
+    return (config.dtype or checkpoint.dtype) if name == "auto" else DTYPES[name]
+
+
+def _check_weights(config: ModelConfig, checkpoint: Checkpoint, world_size: int, vocabulary: str) -> None:
+    """Every tensor the model needs is in the checkpoint, in its shape and a usable dtype, and can be cut for this many ranks."""
+    shape = Decoder(config, Communicator(0, world_size, device="meta"), dtype=torch.float32, device="meta", vocabulary=vocabulary)
+    checkpoint.check(shape.shards(set(checkpoint.entries)))
+
+
+def _backend(name: str | None, config: ModelConfig, world_size: int, dtype, device: torch.device, profile: DeviceProfile) -> str:
+    """The backend that will serve the model's attention. Raises UnknownBackendError, UnsupportedError with every reason."""
+    name = registry.chosen_name(name)
+    partition = Decoder(config, Communicator(0, world_size, device="meta"), dtype=dtype, device="meta").partition
+    with registry.use_profile(profile):
+        for window in dict.fromkeys(config.windows):
+            spec = AttentionSpec(
+                device=device.type, dtype=dtype, batch=1, q_heads=len(partition.q_heads), kv_heads=len(partition.kv_heads),
+                q_len=min(profile.prefill_chunk, config.context_length), kv_len=config.context_length, head_dim=config.head_dim,
+                v_head_dim=config.head_dim, is_causal=True, scale=config.attention_scale,
+                window_size=(-1, -1) if window is None else (window - 1, -1), softcap=config.attention_softcap, varlen=True,
+                total_q=min(profile.prefill_chunk, config.context_length), page_size=profile.kv_block_size,
+            )
+            chosen = registry.select(spec, name).backend.name
+    return chosen
