@@ -31,7 +31,7 @@ setup-run: $(VENV)/.run    ## a virtual environment that runs the project
 setup: $(VENV)/.dev        ## the same with everything the tests need
 
 demo: $(VENV)/.run         ## stream a completion of a Python prompt by examples/tiny-llama on two ranks
-	$(BIN)/hetero-attn generate $(MODEL) --profile cpu --tp 2 --max-new-tokens 120 --prompt '$(PROMPT)'
+	$(BIN)/hetero-attn generate $(MODEL) --profile cpu --tp 2 --max-new-tokens 120 --echo --prompt '$(PROMPT)'
 
 test: $(VENV)/.dev         ## the quick whole: reduced grids, real ranks
 	$(BIN)/python -m pytest -q tests hetero_attn/testing

@@ -59,6 +59,7 @@ def test_text_on_stdout_and_everything_else_on_stderr(run, texts):
     assert (code, out) == (0, whole(text))
     assert "loading weights: " in err and "12 tokens, first token after" in err and "tokens/s" in err
     assert run("--prompt", "Hello", "--no-stream")[1] == out
+    assert run("--prompt", "Hello", "--echo")[1] == "Hello" + out
 
 
 def test_several_prompts_come_in_order_under_headings(run, texts, tmp_path):

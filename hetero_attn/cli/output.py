@@ -15,12 +15,14 @@ from hetero_attn.spec import dtype_name
 class TextPrinter:
     """Prints pieces in the prompts' order: the first unfinished prompt's as they come, the later ones' when their turn is there.
 
-    Several prompts get a heading each. stream=False holds a text back until it is complete.
+    Several prompts get a heading each, and where `echo` holds the prompts, their text too. stream=False holds a text back until it is
+    complete.
     """
 
-    def __init__(self, count: int, *, stream: bool = True, file=None):
+    def __init__(self, count: int, *, stream: bool = True, echo: Sequence[str] = (), file=None):
         self._count, self._stream, self._file = count, stream, file or sys.stdout
         self._texts, self._ended = [""] * count, [False] * count
+        self._echo = echo
         self._turn = 0
         self._written = ""
         self._head()
@@ -42,6 +44,8 @@ class TextPrinter:
     def _head(self) -> None:
         if self._count > 1 and self._turn < self._count:
             self._write(f"==> prompt {self._turn + 1} <==\n")
+        if self._echo and self._turn < self._count:
+            self._write(self._echo[self._turn])
         self._written = ""
 
     def _write(self, text: str) -> None:

@@ -48,6 +48,7 @@ class Request:
     system: str | None
     json: bool
     stream: bool
+    echo: bool
     interactive: bool               # a conversation with whoever is at standard input
     bar: bool | None
 
@@ -75,7 +76,8 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     request = Request(
         model=Path(args.model), prompts=prompts, params=params, profile=profile, tp=world_size, backend=args.backend,
         runs_on=_backend(args.backend, config, world_size, dtype, device, profile), dtype=dtype, device=args.device, vocabulary=vocabulary,
-        chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), interactive=not sources,
+        chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
+        interactive=not sources,
         bar=True if args.progress else None,
     )
     for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts)):

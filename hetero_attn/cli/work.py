@@ -67,7 +67,8 @@ def drive(driver: Driver, request: Request, load_s: float) -> None:
     if request.interactive:
         results = converse(driver, tokenizer, request)
     else:
-        printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream)
+        echo = request.prompts if request.echo else ()
+        printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo)
         results = generate(driver.model, as_prompts(request, tokenizer), request.params, tokenizer=tokenizer, stream=printer, driver=driver)
     if request.json:
         report_json(request, results, load_s)
