@@ -60,11 +60,11 @@ def measure() -> dict[str, float]:
         )
         pages = torch.zeros(600, 16, 8, 128)
         starts, table = torch.tensor([0, 1], dtype=torch.int32), torch.arange(600, dtype=torch.int32)[None]
-        lengths = [torch.tensor([length], dtype=torch.int32) for length in range(1000, 9000)]
+        lengths = [(length, torch.tensor([length], dtype=torch.int32)) for length in range(1000, 9000)]
         packed = torch.zeros(1, 32, 128)
         results["varlen, paged, growing kv_len"] = timed(
-            lambda used: hetero_attn.attention_varlen(
-                packed, pages, pages, starts, None, 1, int(used), block_table=table, seqused_k=used, is_causal=True
+            lambda kv_len: hetero_attn.attention_varlen(
+                packed, pages, pages, starts, None, 1, kv_len[0], block_table=table, seqused_k=kv_len[1], is_causal=True
             ),
             lengths,
         )

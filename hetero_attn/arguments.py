@@ -8,6 +8,7 @@ every call wait for the device.
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy
 import torch
@@ -109,17 +110,17 @@ def check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     lengths = seqused_k.tolist()
     if not lengths:
         return
-    capacity = block_table.shape[1] * k.shape[1]
-    if min(lengths) < 0 or max(lengths) > capacity:
+    pages, page_size, *_ = k.shape
+    columns, longest = block_table.shape[1], max(lengths)
+    if min(lengths) < 0 or longest > columns * page_size:
         raise ValueError(
-            f"seqused_k has lengths from {min(lengths)} to {max(lengths)}, expected 0 to {capacity}: block_table holds "
-            f"{block_table.shape[1]} pages of {k.shape[1]} tokens a sequence"
+            f"seqused_k has lengths from {min(lengths)} to {longest}, expected 0 to {columns * page_size}: block_table holds "
+            f"{columns} pages of {page_size} tokens a sequence"
         )
-    if max(lengths) > max_seqlen_k:
-        raise ValueError(f"max_seqlen_k is {max_seqlen_k}, expected at least {max(lengths)}: the longest sequence of seqused_k")
+    if longest > max_seqlen_k:
+        raise ValueError(f"max_seqlen_k is {max_seqlen_k}, expected at least {longest}: the longest sequence of seqused_k")
     # Pages within a length must exist; ids beyond it are never read, so they may be anything. NumPy on the same memory: each torch
     # operation costs several times as much on tables this small; and seen as unsigned, a negative id is a large one.
-    page_size, pages = k.shape[1], k.shape[0]
     table = block_table.numpy().view(numpy.uint32)
     if table.size and table.max() >= pages and any((table[b, : -(-n // page_size)] >= pages).any() for b, n in enumerate(lengths)):
         raise ValueError(f"block_table names a page outside 0..{pages - 1} within a sequence's length (seqused_k)")
@@ -217,7 +218,7 @@ def checked_window(window_size) -> tuple[int, int]:
     """(left, right) as two ints of at least -1. Raises ValueError."""
     try:
         left, right = window_size
-        left, right = int(left), int(right)
+        left, right = operator.index(left), operator.index(right)       # not int(), which would take 2.7 and '3'
     except (TypeError, ValueError):
         raise ValueError(f"window_size is {window_size!r}, expected two integers (left, right), -1 = unlimited") from None
     if left < -1 or right < -1:
@@ -228,7 +229,7 @@ def checked_window(window_size) -> tuple[int, int]:
 def _softcap(softcap) -> float:
     if softcap is None:
         return 0.0
-    if not isinstance(softcap, (int, float)) or not math.isfinite(softcap) or softcap < 0:
+    if not _is_finite_number(softcap) or softcap < 0:
         raise ValueError(f"softcap is {softcap!r}, expected a number of at least 0 (None or 0 = off)")
     return float(softcap)
 
@@ -236,9 +237,16 @@ def _softcap(softcap) -> float:
 def _scale(scale, D: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(D)
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not _is_finite_number(scale):
         raise ValueError(f"scale is {scale!r}, expected a finite number or None for 1/sqrt(head_dim)")
     return float(scale)
+
+
+def _is_finite_number(value) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:                               # an int that no float holds
+        return False
 
 
 def _flag(name: str, value) -> bool:

@@ -93,7 +93,8 @@ def explain(
     Shapes as in attention() and attention_varlen(); tensors on the meta device do, and cost no memory. Raises ValueError or
     TypeError for arguments that do not fit together, UnknownBackendError for a name nothing answers to.
     """
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    inputs = (q, k, v, attn_mask, alibi_slopes, sinks)
+    needs_grad = torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in inputs)
     if cu_seqlens_q is None:
         spec = dense_spec(
             q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, needs_grad
@@ -116,8 +117,11 @@ def explain_spec(spec: AttentionSpec, profile: DeviceProfile | None = None, back
     asked = registry.chosen_name(backend)
     chosen, refusal = None, None
     try:
-        with registry.use_profile(profile):
-            chosen = registry.select(spec, asked).backend.name
+        if asked is not None:
+            registry.select(spec, asked)
+            chosen = asked
+        else:
+            chosen = registry.first_without_objection(spec, profile, quiet=True).name
     except UnsupportedError as error:
         refusal = str(error).splitlines()[0]
     known = registry.names()
@@ -125,14 +129,14 @@ def explain_spec(spec: AttentionSpec, profile: DeviceProfile | None = None, back
     order += [name for name in known if name not in order]
     return Explanation(
         spec=spec, profile=_title(profile), chosen=chosen, asked=asked, refusal=refusal, device_here=device_here(spec.device),
-        notes=tuple(_notes(spec, profile)), judgments=tuple(_judge(name, spec, profile) for name in order),
+        notes=tuple(notes(spec, profile)), judgments=tuple(_judge(name, spec, profile) for name in order),
     )
 
 
 def _judge(name: str, spec: AttentionSpec, profile: DeviceProfile) -> Judgment:
     backend = registry.find(name)
     listed = name in profile.backends
-    unavailable = tuple(backend.unavailable_reasons())
+    unavailable = tuple(registry.unavailable(backend))
     if name not in registry.names():
         return Judgment(name, listed, (), unavailable, (), absent=True)
     unsupported = list(backend.unsupported_reasons(spec))
@@ -142,8 +146,8 @@ def _judge(name: str, spec: AttentionSpec, profile: DeviceProfile) -> Judgment:
     return Judgment(name, listed, tuple(unsupported), unavailable, remarks)
 
 
-def _notes(spec: AttentionSpec, profile: DeviceProfile) -> list[str]:
-    """What the device's own numbers say of the call."""
+def notes(spec: AttentionSpec, profile: DeviceProfile) -> list[str]:
+    """What the device's own numbers say of the call, whatever the backend; [] = nothing."""
     rate = {torch.bfloat16: profile.hardware.bf16_tflops, torch.float16: profile.hardware.fp16_tflops}.get(spec.dtype)
     if rate == 0:
         other = "float16" if spec.dtype == torch.bfloat16 else "bfloat16"

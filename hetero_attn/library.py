@@ -68,7 +68,7 @@ _INPUTS = {"attention": (0, 1, 2, 3, 4, 5), "attention_varlen": (0, 1, 2, 9, 10)
 
 
 def _gradients(forward, positions, grad, arguments) -> tuple[torch.Tensor, ...]:
-    """d(out)/d(inputs) contracted with `grad`; an empty tensor where an input is absent, integer or without influence."""
+    """d(out)/d(inputs) contracted with `grad`; an empty tensor where an input is absent or integer."""
     arguments = list(arguments)
     leaves = []
     for position in positions:
@@ -78,8 +78,14 @@ def _gradients(forward, positions, grad, arguments) -> tuple[torch.Tensor, ...]:
             leaves.append(position)
     with torch.enable_grad():
         out = forward(arguments)
-    found = dict(zip(leaves, torch.autograd.grad(out, [arguments[p] for p in leaves], grad, allow_unused=True)))
-    return tuple(grad.new_empty(0) if found.get(p) is None else found[p].contiguous() for p in positions)
+    inputs = [arguments[p] for p in leaves]
+    # materialize_grads: an input without influence (sinks where there is no row) has a gradient of zeros, as the fake kernel says.
+    if out.requires_grad:
+        gradients = torch.autograd.grad(out, inputs, grad, materialize_grads=True)
+    else:
+        gradients = [torch.zeros_like(tensor) for tensor in inputs]
+    found = dict(zip(leaves, gradients))
+    return tuple(found[p].contiguous() if p in found else grad.new_empty(0) for p in positions)
 
 
 def _attention_backward(grad, *arguments):

@@ -19,6 +19,7 @@ from hetero_attn.spec import AttentionSpec, Operands
 _PLANS_KEPT = 1024
 _PLAIN = (torch.Tensor, torch.nn.Parameter)             # anything else is a subclass that may be tracing
 _NO_OPERANDS = Operands()
+_autocast = torch._C._is_any_autocast_enabled
 
 
 class _Plan:
@@ -28,12 +29,12 @@ class _Plan:
 
     def __init__(self, spec: AttentionSpec, name: str | None) -> None:
         self.spec, self.name = spec, name
-        self.backend, self.holds = registry.select(spec, name)
+        self.backend, _, self.holds = registry.select(spec, name)
 
     def at(self, batch: int, q_len: int, kv_len: int, total_q: int) -> tuple[AttentionSpec, Backend]:
         """The same form at other lengths: a new spec, and a new choice only where a backend judges lengths."""
         spec = self.spec.at(batch, q_len, kv_len, total_q)
-        backend = self.backend if self.holds else registry.select(spec, self.name)[0]
+        backend = self.backend if self.holds else registry.select(spec, self.name).backend
         if self.holds:
             self.spec = spec
         return spec, backend
@@ -136,7 +137,10 @@ def run_dense(q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_
             (B, Hq, Sq, D), (Bk, Hkv, Skv, Dk), (Bv, Hv, Sv, Dv) = q.shape, k.shape, v.shape
         else:
             (B, Sq, Hq, D), (Bk, Skv, Hkv, Dk), (Bv, Sv, Hv, Dv) = q.shape, k.shape, v.shape
-        if B == Bk == Bv and Skv == Sv and Hkv == Hv and D == Dk:
+        # (bool alone: 1 == True would find True's plan, so that 1 passed or was refused by what had been called before)
+        if B == Bk == Bv and Skv == Sv and Hkv == Hv and D == Dk and type(is_causal) is bool and type(return_lse) is bool:
+            if type(window_size) is list:
+                window_size = tuple(window_size)
             form = (
                 Hq, Hkv, D, Dv, _size_class(B, Sq, Skv), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, is_causal, scale,
                 window_size, softcap, return_lse, layout, needs_grad, registry.choice(backend),
@@ -157,11 +161,12 @@ def run_dense(q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     plain = attn_mask is None and alibi_slopes is None and sinks is None
     operands = _NO_OPERANDS if plain else Operands(attn_mask, alibi_slopes, sinks)
+    run = chosen.attention if not _autocast() else _exactly(chosen, spec.device)
     if layout == "bshd":
-        out, lse = chosen.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spec, operands)
+        out, lse = run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spec, operands)
         out = out.transpose(1, 2)
     else:
-        out, lse = chosen.attention(q, k, v, spec, operands)
+        out, lse = run(q, k, v, spec, operands)
     return (out, lse) if return_lse else out
 
 
@@ -173,8 +178,10 @@ def run_varlen(
     try:
         B, Tq, axes = cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[1:]
         form = plan = None
-        lengths_are_ints = type(max_seqlen_q) is int and type(max_seqlen_k) is int
-        if lengths_are_ints and k.shape[0] == v.shape[0] and axes[:-1] == v.shape[1:-1] and axes[-1] == q.shape[2]:
+        plain = type(max_seqlen_q) is type(max_seqlen_k) is int and type(is_causal) is type(return_lse) is bool
+        if plain and type(window_size) is list:
+            window_size = tuple(window_size)
+        if plain and k.shape[0] == v.shape[0] and axes[:-1] == v.shape[1:-1] and axes[-1] == q.shape[2]:
             form = (
                 q.shape[1:], axes, v.shape[1:], _size_class(B, max_seqlen_q, max_seqlen_k), B, Tq if Tq < 2 else 2, q.dtype, k.dtype,
                 v.dtype, q.device, k.device, v.device, _index_form(cu_seqlens_q), _index_form(cu_seqlens_k), _index_form(block_table),
@@ -196,7 +203,8 @@ def run_varlen(
     if spec.device == "cpu":
         check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
     operands = Operands(None, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
-    out, lse = chosen.attention(q, k, v, spec, operands)
+    run = chosen.attention if not _autocast() else _exactly(chosen, spec.device)
+    out, lse = run(q, k, v, spec, operands)
     return (out, lse) if return_lse else out
 
 
@@ -207,6 +215,16 @@ def _remember(form: tuple | None, spec: AttentionSpec, backend: str | None) -> _
             _plans.clear()
         _plans[form] = plan
     return plan
+
+
+def _exactly(backend: Backend, device: str):
+    """backend.attention with torch.autocast off: the call's dtypes are the caller's, and its float32 arithmetic stays float32."""
+
+    def run(*call):
+        with torch.autocast(device, enabled=False):
+            return backend.attention(*call)
+
+    return run if torch.amp.is_autocast_available(device) else backend.attention
 
 
 def _size_class(B: int, Sq: int, Skv: int) -> int:
@@ -220,7 +238,7 @@ def _mask_form(mask: torch.Tensor, full: tuple[int, int, int, int]) -> tuple:
     own = mask.shape
     sizes = full[4 - len(own) :]
     fits = len(own) <= 4 and all(size == 1 or size == wanted for size, wanted in zip(own, sizes))
-    return mask.dtype, mask.device, tuple([size == 1 for size in own]) if fits else own
+    return mask.dtype, mask.device, tuple([size == 1 for size in own]) if fits else (own,)     # (own itself: (0, 1) == (False, True))
 
 
 def _is_traced(q) -> bool:

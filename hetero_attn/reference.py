@@ -63,7 +63,8 @@ def reference_attention(
         rows.append(torch.where(empty[..., None], 0.0, weighted / torch.where(empty, 1.0, denominator)[..., None]))
         lses.append(top + denominator.log())                            # log(0) = -inf where nothing is seen
     if not rows:
-        return q.new_zeros(B, Hq, 0, Dv), torch.zeros(B, Hq, 0, dtype=compute, device=q.device)
+        nothing = q.sum() + k[:, :, :0].sum() + v[:, :, :0].sum()       # no row: 0, but with q, k and v's gradients
+        return q.new_zeros(B, Hq, 0, Dv) + nothing.to(q.dtype), torch.zeros(B, Hq, 0, dtype=compute, device=q.device)
     return torch.stack(rows, dim=2).to(q.dtype), torch.stack(lses, dim=2).detach()
 
 
@@ -90,7 +91,8 @@ def reference_attention_varlen(
         lses.append(lse[0])
     if not outs:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q.new_zeros(0, q.shape[1], v.shape[-1]), torch.zeros(q.shape[1], 0, dtype=compute, device=q.device)
+        out = q.new_zeros(0, q.shape[1], v.shape[-1]) + q.sum() + k[:0].sum() + v[:0].sum()
+        return out, torch.zeros(q.shape[1], 0, dtype=compute, device=q.device)
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 

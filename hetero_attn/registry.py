@@ -35,6 +35,11 @@ _forced_profile: ContextVar[_Forced | None] = ContextVar("hetero_attn_profile", 
 _serials: dict[DeviceProfile, int] = {}
 _device_profiles: dict[tuple[str | None, ...], DeviceProfile] = {}
 _logged: set[tuple] = set()
+# What lies under os.environ where it has that (its own get() raises and catches a KeyError for a name that is not set: 0.5 us each).
+_environ = getattr(os.environ, "_data", os.environ)
+_BACKEND, _PROFILE, _SET = map(
+    os.environ.encodekey if _environ is not os.environ else str, ("HETERO_ATTN_BACKEND", "HETERO_ATTN_PROFILE", "HETERO_ATTN_SET")
+)
 generation = 0                    # moves when a backend is registered or removed: decisions made before it are void
 
 
@@ -74,17 +79,23 @@ def get(name: str) -> Backend:
     instance = _instances.get(name)
     if instance is not None:
         return instance
+    if not isinstance(name, str):
+        raise TypeError(f"backend is {name!r}, expected a name: one of {', '.join(names())}")
     factory = _registered.get(name) or _found().get(name)
     if factory is None:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UnknownBackendError(
-            f"unknown backend {name!r}: {hint}known here: {', '.join(names())}; a package {PREFIX}{name} on the Python path would add it"
+            f"unknown backend {name!r}{_asked_where(name)}: {hint}known here: {', '.join(names())}; "
+            f"a package {PREFIX}{name} on the Python path would add it"
         )
     try:
         instance = factory()
-    except Exception as error:  # a broken import becomes a reason, whatever broke it
+    except (Exception, SystemExit) as error:  # a broken import becomes a reason, whatever broke it
         instance = AbsentBackend(name, f"package {PREFIX}{name} does not import: {type(error).__name__}: {error}")
+    if not isinstance(instance, Backend):
+        got = type(instance).__name__
+        instance = AbsentBackend(name, f"package {PREFIX}{name}: its `backend` gives a {got}, expected a hetero_attn.backend.Backend")
     _instances[name] = instance
     return instance
 
@@ -155,53 +166,70 @@ def current_profile(device: str) -> DeviceProfile:
 
 def chosen_name(argument: str | None) -> str | None:
     """The backend that is asked for by name, by precedence; None = the profile decides."""
-    return argument or _forced_backend.get() or os.environ.get("HETERO_ATTN_BACKEND") or None
+    return argument if argument is not None else _forced_backend.get() or os.environ.get("HETERO_ATTN_BACKEND") or None
 
 
 def choice(argument: str | None) -> tuple:
     """Everything outside a call's own arguments that its choice depends on, hashable: two calls that agree on it choose alike."""
     forced = _forced_profile.get()
-    environ = os.environ.get
     return (
-        argument, _forced_backend.get(), environ("HETERO_ATTN_BACKEND"), None if forced is None else forced.serial,
-        environ("HETERO_ATTN_PROFILE"), generation,
+        argument, _forced_backend.get(), None if forced is None else forced.serial, generation,
+        _environ.get(_BACKEND), _environ.get(_PROFILE), _environ.get(_SET),
     )
+
+
+def unavailable(backend: Backend) -> list[str]:
+    """backend.unavailable_reasons(); a check of the machine that itself fails is such a reason."""
+    try:
+        return list(backend.unavailable_reasons())
+    except Exception as error:
+        return [f"its look at this machine failed: {type(error).__name__}: {error}"]
 
 
 def objections(backend: Backend, spec: AttentionSpec) -> list[str]:
     """Everything that stands against running `spec` on `backend` here; [] = it runs."""
-    return [*backend.unavailable_reasons(), *backend.unsupported_reasons(spec)]
+    return [*unavailable(backend), *backend.unsupported_reasons(spec)]
 
 
 class Selection(NamedTuple):
     backend: Backend
-    holds: bool                   # for other lengths too: no backend that was asked judges lengths
+    name: str                     # by which it is registered
+    holds: bool                   # for other lengths too: no backend that could run here judges lengths
 
 
 def select(spec: AttentionSpec, name: str | None = None) -> Selection:
     """The backend that runs `spec`. `name` is chosen_name()'s answer. Raises UnsupportedError, UnknownBackendError, ProfileError."""
     if name is None:
-        return _first_without_objection(spec, current_profile(spec.device))
+        return first_without_objection(spec, current_profile(spec.device))
     backend = get(name)
     reasons = objections(backend, spec)
     if reasons:
-        raise UnsupportedError(_refusal(f"backend {name!r} cannot run this attention", spec, {name: reasons}), {name: reasons})
-    return Selection(backend, not backend.judges_lengths)
+        headline = f"backend {name!r}{_asked_where(name)} cannot run this attention"
+        raise UnsupportedError(_refusal(headline, spec, {name: reasons}), {name: reasons})
+    return Selection(backend, name, not backend.judges_lengths)
 
 
-def _first_without_objection(spec: AttentionSpec, profile: DeviceProfile) -> Selection:
+def _asked_where(name: str) -> str:
+    """' (from HETERO_ATTN_BACKEND)' where the environment may have asked for `name`: it is set far from the line that fails."""
+    return " (from HETERO_ATTN_BACKEND)" if not _forced_backend.get() and os.environ.get("HETERO_ATTN_BACKEND") == name else ""
+
+
+def first_without_objection(spec: AttentionSpec, profile: DeviceProfile, *, quiet: bool = False) -> Selection:
+    """The first backend of the profile's list that runs `spec`; says so in the log, once, unless `quiet`. Raises UnsupportedError."""
     against: dict[str, list[str]] = {}
     holds = True
     for name in profile.backends:
         backend = find(name)
-        holds = holds and not backend.judges_lengths
         if against and profile.strict:
             against[name] = ["excluded by strict: true"]
             continue
-        reasons = objections(backend, spec)
+        here_not = unavailable(backend)                 # then no length makes it run, and none has to be judged again
+        reasons = [*here_not, *backend.unsupported_reasons(spec)]
+        holds = holds and (bool(here_not) or not backend.judges_lengths)
         if not reasons:
-            _log_choice(profile, name, against, spec)
-            return Selection(backend, holds)
+            if not quiet:
+                _log_choice(profile, name, against, spec)
+            return Selection(backend, name, holds)
         against[name] = reasons
     strict = " (strict)" if profile.strict else ""
     message = _refusal(f"no backend of profile {profile.name!r}{strict} runs this attention", spec, against)

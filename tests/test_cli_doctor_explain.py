@@ -58,6 +58,7 @@ def test_explain_where_nothing_runs(capsys):
 BAD = {
     "shape of three": (["explain", "--q", "1,2,3", "--kv", "1,2,3,4"], "--q is '1,2,3', expected B,Hq,Sq,D: 4 integers"),
     "not integers": (["explain", "--q", "1,2,x,4", "--kv", "1,2,3,4"], "--q is '1,2,x,4', expected B,Hq,Sq,D"),
+    "too large": (["explain", "--q", "1,2,3,4", "--kv", "1,2,99999999999999999999,4"], "expected B,Hkv,Skv,D with a product below 2**56"),
     "heads": (["explain", "--q", "1,5,3,4", "--kv", "1,2,3,4"], "q has 5 heads and k has 2: expected the query heads to be a multiple"),
     "head_dim": (["explain", "--q", "1,4,3,8", "--kv", "1,2,3,4"], "expected q's head dimension 8"),
     "dtype": (["explain", "--q", "1,4,3,8", "--kv", "1,2,3,8", "--dtype", "int8"], "--dtype is 'int8', expected one of float32"),
@@ -96,6 +97,21 @@ def test_doctor_as_json_in_a_process_of_its_own(tmp_path):
     assert report["unknown_variables"] == ["HETERO_ATTN_BAKEND"] and "did you mean HETERO_ATTN_BACKEND" in result.stderr
     assert next(b for b in report["backends"] if b["name"] == "sdpa")["runs_here"]
     assert {"key", "value", "origin"} <= set(report["settings"][0])
+
+
+def test_doctor_survives_packages_that_do_not(tmp_path):
+    broken = {"exits": "raise SystemExit(3)", "empty": "", "garbled": "def (", "deaf": (
+        "from hetero_attn.backend import Backend\nclass backend(Backend):\n    def unavailable_reasons(self): raise OSError('no answer')\n"
+    )}
+    for name, text in broken.items():
+        (tmp_path / f"hetero_attn_{name}").mkdir()
+        (tmp_path / f"hetero_attn_{name}" / "__init__.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}:{tmp_path}"}
+    command = [sys.executable, "-m", "hetero_attn", "doctor", "--json"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    reasons = {b["name"]: " ".join(b["reasons"]) for b in json.loads(result.stdout)["backends"]}
+    assert "SystemExit: 3" in reasons["exits"] and "no attribute 'backend'" in reasons["empty"] and "SyntaxError" in reasons["garbled"]
+    assert "OSError: no answer" in reasons["deaf"] and reasons["sdpa"] == ""
 
 
 def test_a_backend_that_computes_wrongly_does_not_pass_the_doctor():

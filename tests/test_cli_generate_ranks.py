@@ -87,8 +87,8 @@ def test_killing_one_rank_ends_all_of_them_and_names_it(tmp_path):
     folder = write_checkpoint(tmp_path / "model", context_length=8192)
     tmp = tmp_path / "tmp"
     tmp.mkdir()
-    process = start(folder, "--prompt", "Hello", "--max-new-tokens", 8000, "--ignore-eos", "--tp", 3, tmp=tmp)
-    pids = ranks_of(tmp, 3)
+    process = start(folder, "--prompt", "Hello", "--max-new-tokens", 8000, "--ignore-eos", "--tp", 4, tmp=tmp)
+    pids = ranks_of(tmp, 4)
     assert process.stdout.read(8)                                       # it is generating
     os.kill(pids[2], signal.SIGKILL)
     killed = time.monotonic()

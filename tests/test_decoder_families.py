@@ -114,6 +114,15 @@ def test_last_only_gives_the_last_rows_and_any_rows_can_be_asked_for(saved):
     assert decoder(none, cache).shape == (0, 131)
 
 
+def test_a_head_of_its_own_is_used_whatever_the_config_says(tmp_path):
+    """A fine-tuned head under a config.json that still says tied: transformers 5 uses the head, and so do we."""
+    expected = save_family("llama3.2-tied", tmp_path, tie_word_embeddings=False)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**keys, "tie_word_embeddings": True}))
+    continuations, logits = decode(load(tmp_path), expected.prompts)
+    assert continuations == expected.continuations and difference(logits, expected) <= TOLERANCE
+
+
 def test_mixtral_with_fused_experts(saved, tmp_path):
     """The layout of transformers 5 in memory: all experts of a layer in one tensor, gate above up."""
     folder, expected = saved("mixtral")

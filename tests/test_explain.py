@@ -1,5 +1,6 @@
 """explain(): every backend judged with value, bound and remedy; absent ones named; nothing run, no memory needed."""
 
+import pytest
 import torch
 
 import hetero_attn
@@ -66,6 +67,35 @@ def test_explain_runs_nothing_and_needs_no_memory():
     q, kv = torch.empty(8, 32, 1 << 20, 128, device="meta"), torch.empty(8, 8, 1 << 20, 128, device="meta")
     explanation = hetero_attn.explain(q, kv, kv, is_causal=True)
     assert explanation.spec.q_len == 1 << 20
+
+
+def test_explaining_says_nothing_in_the_log(caplog):
+    registry._logged.clear()
+    q = torch.zeros(1, 4, 3, 16)
+    with hetero_attn.use_profile(hetero_attn.load_profile("cpu", sets=["backends=[missing, sdpa]"])):
+        hetero_attn.explain(q, q, q)
+        assert not caplog.records
+        hetero_attn.attention(q, q, q, scale=0.123)                         # and leaves the call its own message
+    assert "attention falls to sdpa" in caplog.text
+
+
+def test_the_choice_has_the_name_it_is_registered_by():
+    with registry.register("halfonly-emulated", HalfOnly):                  # HalfOnly calls itself halfonly
+        with registry.register("plain", lambda: registry.get("sdpa")):
+            q = torch.zeros(1, 4, 3, 16)
+            assert hetero_attn.explain(q, q, q, backend="plain").chosen == "plain"
+            assert hetero_attn.explain(q, q, q, backend="halfonly-emulated").chosen is None
+
+
+def test_gradients_of_every_operand_count():
+    q = torch.zeros(1, 4, 3, 16)
+    for name, shape in (("attn_mask", (3, 3)), ("sinks", (4,)), ("alibi_slopes", (4,))):
+        assert hetero_attn.explain(q, q, q, **{name: torch.zeros(shape, requires_grad=True)}).spec.needs_grad
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match=r"q is list, expected a torch\.Tensor"):
+        hetero_attn.explain([1.0], torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16))
 
 
 def test_remarks_tell_the_slow_route():

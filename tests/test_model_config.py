@@ -120,6 +120,16 @@ def test_config_is_frozen():
         ({**MIXTRAL, "num_experts_per_tok": 9}, "9 exceeds num_local_experts 8"),
         ({**QWEN2, "use_sliding_window": True, "layer_types": ["full"]}, "layer_types"),
         ({**MISTRAL, "layer_types": ["full_attention", "sliding_attention"]}, "mixes"),
+        ({**MISTRAL, "layer_types": 2}, "layer_types is 2, expected a list of 2 names"),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers is '1', expected an integer, not negative"),
+        ({**GEMMA2, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, expected a finite number, positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a finite number"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast is -1 in the rope parameters"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 10000"),
+        ({"architectures": 5}, "architectures is 5, expected a list of names"),
+        ({"torch_dtype": ["bfloat16"]}, "dtype .'bfloat16'. is not supported"),
     ],
 )
 def test_refusals_are_one_line_and_name_the_key(changes, message):
@@ -130,7 +140,8 @@ def test_refusals_are_one_line_and_name_the_key(changes, message):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "config.json does not exist; expected a Hugging Face model directory"), ("{", "cannot be read as JSON"), ("[]", "holds list")],
+    [(None, "config.json does not exist; expected a Hugging Face model directory"), ("{", "cannot be read as JSON"),
+     ("[" * 200_000, "cannot be read as JSON"), ("1" * 5000, "cannot be read as JSON"), ("[]", "holds list")],
 )
 def test_config_files_that_cannot_be_read(tmp_path, content, message):
     if content is not None:

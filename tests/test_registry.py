@@ -1,6 +1,9 @@
 """Who runs a call: precedence, reasons, strict mode, absent and broken backends, decisions that are remembered and voided."""
 
+import contextvars
 import logging
+import sys
+import threading
 
 import pytest
 import torch
@@ -66,6 +69,25 @@ def test_profile_named_in_the_environment(one_and_two, monkeypatch, tmp_path):
     assert who() == 2.0
 
 
+def test_settings_in_the_environment_count_at_once(one_and_two, monkeypatch):
+    monkeypatch.setenv("HETERO_ATTN_SET", "backends=[one]")
+    assert who() == 1.0
+    monkeypatch.setenv("HETERO_ATTN_SET", "backends=[two]")
+    assert who() == 2.0
+
+
+def test_a_thread_has_its_own_choice_and_a_copied_context_takes_it_along(one_and_two):
+    ran = []
+    with hetero_attn.use_profile(profile("two")), hetero_attn.use_backend("one"):
+        context = contextvars.copy_context()
+        for target in (lambda: ran.append(who(backend="two")), lambda: ran.append(context.run(who))):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        ran.append(who())
+    assert ran == [2.0, 1.0, 1.0]
+
+
 def test_automatic_choice_falls_through_and_says_so_once(one_and_two, caplog):
     one, _ = one_and_two
     one.objection = "head_dim is 16, kernel has from 32"
@@ -105,6 +127,24 @@ def test_unknown_names(one_and_two):
         pass
 
 
+def test_the_environment_is_named_where_it_asked(one_and_two, monkeypatch):
+    one, _ = one_and_two
+    one.objection = "never"
+    monkeypatch.setenv("HETERO_ATTN_BACKEND", "one")
+    with pytest.raises(UnsupportedError, match=r"backend 'one' \(from HETERO_ATTN_BACKEND\) cannot run"):
+        who()
+    monkeypatch.setenv("HETERO_ATTN_BACKEND", "sdpq")
+    with pytest.raises(hetero_attn.UnknownBackendError, match=r"unknown backend 'sdpq' \(from HETERO_ATTN_BACKEND\): did you mean"):
+        who()
+
+
+def test_names_that_are_none(one_and_two):
+    with pytest.raises(hetero_attn.UnknownBackendError, match="unknown backend ''"):
+        who(backend="")
+    with pytest.raises(TypeError, match="backend is 5, expected a name: one of"):
+        who(backend=5)
+
+
 def test_absent_package_is_a_reason(one_and_two):
     with hetero_attn.use_profile(profile("missing", "two")):
         assert who() == 2.0
@@ -135,6 +175,41 @@ def test_a_broken_package_on_the_path_is_a_reason(tmp_path, monkeypatch):
     finally:
         registry._found.cache_clear()
         registry._instances.pop("smashed", None)
+
+
+@pytest.mark.parametrize(("factory", "words"), [
+    (lambda: None, "`backend` gives a NoneType, expected a hetero_attn.backend.Backend"),
+    (lambda: sys.exit(3), "does not import: SystemExit: 3"),
+])
+def test_a_package_that_gives_no_backend_is_a_reason(one_and_two, factory, words):
+    with registry.register("odd", factory), hetero_attn.use_profile(profile("odd", "two")):
+        assert who() == 2.0
+        with pytest.raises(UnsupportedError, match=words):
+            who(backend="odd")
+
+
+def test_a_look_at_the_machine_that_fails_is_a_reason(one_and_two):
+    class Faulty(Marked):
+        def unavailable_reasons(self):
+            raise OSError("the driver does not answer")
+
+    with registry.register("faulty", lambda: Faulty("faulty", 3.0)), hetero_attn.use_profile(profile("faulty", "two")):
+        assert who() == 2.0
+        assert "failed: OSError: the driver does not answer" in str(hetero_attn.explain(Q, KV, KV))
+
+
+def test_a_backend_that_is_not_here_does_not_cost_a_decision_a_length(one_and_two):
+    class Elsewhere(Marked):
+        def unavailable_reasons(self):
+            return ["no such device on this machine"]
+
+    _, two = one_and_two
+    far = Elsewhere("far", 3.0, judges_lengths=True)
+    with registry.register("far", lambda: far), hetero_attn.use_profile(profile("absent", "far", "two")):
+        for kv_len in range(5, 40):
+            kv = torch.zeros(1, 2, kv_len, 16)
+            assert float(hetero_attn.attention(Q, kv, kv)[0, 0, 0, 0]) == 2.0
+    assert two.asked == 1
 
 
 def test_one_decision_serves_a_growing_cache(one_and_two):

@@ -41,6 +41,13 @@ def broken(folders, tmp_path):
     return tmp_path
 
 
+class OneRank(Communicator):
+    """A rank without its group. Loading talks once, to ask whether all ranks mean the same model: here they do."""
+
+    def all_gather(self, x, dim=0, *, sizes=None, site=""):
+        return torch.cat([x] * self.world_size, dim)
+
+
 class SliceCounter:
     """safe_open, but it only knows get_slice and counts what is taken out of it."""
 
@@ -79,8 +86,8 @@ def taken(monkeypatch):
 
 
 def make_decoder(folder, rank=0, world_size=1, vocabulary="sharded", dtype=torch.float32):
-    """A rank's decoder without its group: loading needs no communication."""
-    return Decoder(ModelConfig.from_dir(folder), Communicator(rank, world_size), dtype=dtype, vocabulary=vocabulary)
+    """A rank's decoder without its group."""
+    return Decoder(ModelConfig.from_dir(folder), OneRank(rank, world_size), dtype=dtype, vocabulary=vocabulary)
 
 
 def load_rank(folder, *rank, **options):
@@ -165,7 +172,7 @@ def test_memory_grows_by_the_ranks_share(tmp_path):
         nonlocal peak
         peak = max(peak, anonymous_memory() - before)
 
-    decoder = load_model(tmp_path, "cpu", communicator=Communicator(0, 4), dtype="bfloat16", progress=watch)
+    decoder = load_model(tmp_path, "cpu", communicator=OneRank(0, 4), dtype="bfloat16", progress=watch)
     held = sum(parameter.nbytes for parameter in decoder.parameters())
     whole = (tmp_path / SINGLE).stat().st_size
     assert whole > 70e6 and held < whole / 7
@@ -174,7 +181,7 @@ def test_memory_grows_by_the_ranks_share(tmp_path):
 
 def test_progress_counts_bytes_to_the_end(folders):
     calls = []
-    decoder = load_model(folders["gemma2"], "cpu", communicator=Communicator(1, 2), progress=lambda *call: calls.append(call))
+    decoder = load_model(folders["gemma2"], "cpu", communicator=OneRank(1, 2), progress=lambda *call: calls.append(call))
     done, totals = zip(*calls)
     held = {parameter.data_ptr(): parameter.nbytes for parameter in decoder.parameters()}
     assert set(totals) == {sum(held.values())} and done[0] == 0 and done[-1] == totals[0]
@@ -186,7 +193,7 @@ def test_unused_tensors_are_told(folders, broken, caplog):
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(120)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(10)
     save_file(tensors, broken / SINGLE)
-    load_model(broken, "cpu", communicator=Communicator(0, 2))
+    load_model(broken, "cpu", communicator=OneRank(0, 2))
     assert [record.getMessage() for record in caplog.records if "not used" in record.getMessage()] == [
         f"{broken}: 1 tensors belong to nothing in this architecture and are not used, for example model.layers.0.self_attn.q_proj.bias"]
 
@@ -219,6 +226,15 @@ def html(folder):
 def lengthen(folder):
     with open(folder / SINGLE, "ab") as file:
         file.write(b"\0" * 64)
+
+
+def deep_header(folder):
+    (folder / SINGLE).write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
+
+
+def odd_dtype(folder):
+    header = json.dumps({"model.norm.weight": {"dtype": ["F32"], "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (folder / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def odd_header(folder):
@@ -269,6 +285,10 @@ def index_garbage(folder):
     (folder / INDEX).write_text("[1, 2")
 
 
+def index_deep(folder):
+    (folder / INDEX).write_text("[" * 200_000)
+
+
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 BROKEN = [
     (truncate, r"model.safetensors is truncated: \d+ bytes, its header describes \d+; fetch the file again"),
@@ -277,6 +297,8 @@ BROKEN = [
     (empty, r"not a whole safetensors file \(0 bytes"),
     (html, "not a whole safetensors file"),
     (lengthen, "is longer than it should be"),
+    (deep_header, "corrupt safetensors header .RecursionError"),
+    (odd_dtype, "model.safetensors cannot be read: .*; fetch the file again"),
     (odd_header, "corrupt safetensors header .*shape"),
     (overlap, "model.safetensors cannot be read: .*; fetch the file again"),
     (change(Q_PROJ, None), f"lacks {Q_PROJ}, which its config.json asks for"),
@@ -288,6 +310,7 @@ BROKEN = [
     (index_with_a_lie, "promises lost.weight, which model.safetensors does not hold"),
     (index_outside, "index.json is corrupt: expected a JSON object with weight_map"),
     (index_garbage, "index.json is corrupt"),
+    (index_deep, "index.json is corrupt"),
 ]
 
 
@@ -295,27 +318,46 @@ BROKEN = [
 def test_a_broken_checkpoint_is_one_clear_line(broken, harm, message):
     harm(broken)
     with pytest.raises(ModelError, match=message) as caught:
-        load_model(broken, "cpu", communicator=Communicator(0, 1))
+        load_model(broken, "cpu", communicator=OneRank(0, 1))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("harm, message", [
+    (change("model.embed_tokens.weight", None), "lacks model.embed_tokens.weight"),
+    (overlap, "cannot be read"),
+], ids=["missing", "overlap"])
+def test_a_fault_in_another_ranks_part_stops_this_one_too(broken, harm, message):
+    """Under 'master' rank 1 never reads the embedding; it must not go on and wait for a rank 0 that has stopped."""
+    harm(broken)
+    with pytest.raises(ModelError, match=message):
+        load_model(broken, "cpu", communicator=OneRank(1, 2), vocabulary="master")
+
+
+def test_a_config_larger_than_memory_is_told_by_shape(broken):
+    """The shapes are compared before anything is allocated."""
+    keys = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**keys, "intermediate_size": 2**31 - 1}))
+    with pytest.raises(ModelError, match=r"gate_proj.weight has shape \[101, 48\], config.json asks for \[2147483647, 48\]"):
+        load_model(broken, "cpu", communicator=OneRank(0, 1))
 
 
 def test_several_missing_tensors_are_counted(broken):
     tensors = {key: tensor for key, tensor in load_file(broken / SINGLE).items() if ".layers.0." not in key}
     save_file(tensors, broken / SINGLE)
     with pytest.raises(ModelError, match=r"lacks model.layers.0.input_layernorm.weight and 10 more tensors"):
-        load_model(broken, "cpu", communicator=Communicator(0, 1))
+        load_model(broken, "cpu", communicator=OneRank(0, 1))
 
 
 def test_no_model_at_all(tmp_path):
     with pytest.raises(ModelError, match=r"model directory .* does not exist"):
-        load_model(tmp_path / "absent", "cpu", communicator=Communicator(0, 1))
+        load_model(tmp_path / "absent", "cpu", communicator=OneRank(0, 1))
     with pytest.raises(ModelError, match=r"config.json does not exist"):
-        load_model(tmp_path, "cpu", communicator=Communicator(0, 1))
+        load_model(tmp_path, "cpu", communicator=OneRank(0, 1))
 
 
 def test_more_ranks_than_query_heads(folders):
     with pytest.raises(ModelError, match="tensor parallel size 7 is not possible for a model of 6 query heads; sizes that work: 1 to 6"):
-        load_model(folders["qwen3"], "cpu", communicator=Communicator(0, 7))
+        load_model(folders["qwen3"], "cpu", communicator=OneRank(0, 7))
 
 
 def test_dtype_of_a_config_that_does_not_say(broken):
@@ -325,4 +367,4 @@ def test_dtype_of_a_config_that_does_not_say(broken):
     tensors = load_file(broken / SINGLE)
     save_file({key: tensor.half() for key, tensor in tensors.items()}, broken / SINGLE)
     profile = load_profile("cpu", sets=["dtype=auto"])
-    assert load_model(broken, profile, communicator=Communicator(0, 1)).dtype == torch.float16
+    assert load_model(broken, profile, communicator=OneRank(0, 1)).dtype == torch.float16

@@ -120,7 +120,7 @@ def _sees_nothing(q, k, v, spec: AttentionSpec, sinks: torch.Tensor | None, arit
     B, Hq, Sq, _ = q.shape
     out = q.new_zeros(B, Hq, Sq, v.shape[3])
     if spec.needs_grad:
-        out = out + 0 * (q.sum() + k.sum() + v.sum())
+        out = out + (q[:, :, :0].sum() + k[:, :, :0].sum() + v[:, :, :0].sum())       # 0 * q.sum() would be NaN where q overflows
     lse = torch.full((B, Hq, Sq), NEG_INF, dtype=arithmetic, device=q.device)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(arithmetic)[None, :, None])

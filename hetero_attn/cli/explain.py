@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 MASKS = ("bool", "float32", "float16", "bfloat16", "float64")
 
@@ -121,4 +122,6 @@ def _sizes(option: str, text: str, names: str, least: int = 0) -> tuple[int, ...
         sizes = ()
     if len(sizes) != len(names.split(",")) or min(sizes) < least:
         raise CommandError(f"{option} is {text!r}, expected {names}: {len(names.split(','))} integers of at least {least}")
+    if math.prod(max(size, 1) for size in sizes) >= 2**56:               # beyond it the sizes of a tensor in bytes overflow in torch
+        raise CommandError(f"{option} is {text!r}, expected {names} with a product below 2**56")
     return sizes

@@ -7,6 +7,7 @@ heads. Prefill, chunked prefill, decode and any mixture are one thing here: `cou
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class PagedCache:
         self.k = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(layers)]
         self.v = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(layers)]
         self._free = list(range(num_blocks - 1, -1, -1))          # popped from the end: block 0 goes first
-        self._blocks: dict[int, list[int]] = {}                   # sequence id -> its blocks, in order
+        self._blocks: dict[int, array[int]] = {}                  # sequence id -> its blocks, in order; C ints, copied whole into tables
         self._lengths: dict[int, int] = {}
         self._next_id = 0
 
@@ -107,7 +108,7 @@ class PagedCache:
             raise CacheFull(f"the cache holds {len(self._lengths)} sequences of max_sequences={self.max_sequences}; "
                             "free one, or make the cache with a larger max_sequences")
         sequence, self._next_id = self._next_id, self._next_id + 1
-        self._blocks[sequence], self._lengths[sequence] = [], 0
+        self._blocks[sequence], self._lengths[sequence] = array("i"), 0
         return sequence
 
     def free(self, sequence: int) -> None:
@@ -155,12 +156,14 @@ class PagedCache:
             cu_seqlens.append(cu_seqlens[-1] + count)
         lengths = [self._lengths[sequence] for sequence in ids]
         width = max(len(self._blocks[sequence]) for sequence in ids)
-        table = [self._blocks[sequence] + [0] * (width - len(self._blocks[sequence])) for sequence in ids]
+        table = torch.zeros(len(ids), width, dtype=torch.int32)
+        for row, sequence in zip(table, ids):
+            row[:len(self._blocks[sequence])] = torch.frombuffer(self._blocks[sequence], dtype=torch.int32)
         return Step(
             tokens=tokens,
             positions=self._tensor(positions, torch.int64),
             cu_seqlens_q=self._tensor(cu_seqlens, torch.int32),
-            block_table=self._tensor(table, torch.int32),
+            block_table=table.to(self.device),
             seqused_k=self._tensor(lengths, torch.int32),
             slots=self._tensor(slots, torch.int64),
             logits_at=self._tensor([end - 1 for end in cu_seqlens[1:]] if last_only else range(total), torch.int64),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ def load_model(
     """
     config = ModelConfig.from_dir(path)
     checkpoint = Checkpoint(path)
+    if "lm_head.weight" in checkpoint.entries:                    # a head of its own may differ, whatever config.json says of tying
+        config = replace(config, tied_embeddings=False)
     if communicator is not None:
         world_size = communicator.world_size
     else:
@@ -76,8 +79,7 @@ def load_model(
             communicator.close()
         raise
     if communicator.rank == 0:
-        tied = {"lm_head.weight"} if config.tied_embeddings else set()
-        unused = [name for name in checkpoint.unused(shards) if name not in tied]
+        unused = checkpoint.unused(shards)
         if unused:
             log.warning("%s: %d tensors belong to nothing in this architecture and are not used, for example %s",
                         path, len(unused), unused[0])

@@ -1,7 +1,8 @@
 """Linear layers, embedding and head of a tensor-parallel decoder: each holds its rank's slice and says which slice that is.
 
 A column-parallel layer makes a rank's own features and needs no communication; a row-parallel layer sums over all ranks' features, and
-its one all-reduce is the line to look for. Shards may be uneven, or empty. `linear` is the one place where a device's own product goes.
+its one all-reduce is the line to look for. Shards may be uneven, or empty. `linear` makes every product but the row-parallel ones, which
+the communicator makes together with the sum (linear_all_reduce), because a device may fuse the two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hetero_attn.parallel.sharding import Partition, Shard, split
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K], weight [N, K], bias [N] -> [T, N]. Every product of the decoder comes through here."""
+    """x [T, K], weight [N, K], bias [N] -> [T, N]."""
     return F.linear(x, weight, bias)
 
 

@@ -1,7 +1,7 @@
-"""The README's table, device by feature, generated from what the backends say: python -m hetero_attn.testing.feature_table [--write README.md]
+"""The README's table, device by feature, from what the backends say: python -m hetero_attn.testing.feature_table [--write README.md]
 
 A cell names the first backend of the profile that can express the feature on that device (its availability on this machine plays no
-part), with a mark where the backend remarks on it: expressed, but not by a fused kernel.
+part), with a mark where the backend remarks on it (expressed, but not by a fused kernel) or the device's numbers do (a slow dtype).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hetero_attn import registry
+from hetero_attn.explain import notes
 from hetero_attn.profile import DeviceProfile, load_profile, shipped_profiles
 from hetero_attn.spec import AttentionSpec
 
@@ -41,12 +42,12 @@ FEATURES: dict[str, dict] = {
 
 
 def cell(profile: DeviceProfile, changes: dict) -> str:
-    """'sdpa', 'sdpa*' (with a remark), or '–' where no backend of the profile expresses it."""
+    """'sdpa', 'sdpa*' (with a remark or a note), or '–' where no backend of the profile expresses it."""
     spec = replace(BASE, device=profile.device, **changes)
     for name in profile.backends:
         backend = registry.find(name)
         if name in registry.names() and not backend.unsupported_reasons(spec):
-            return f"{name}*" if backend.remarks(spec) else name
+            return f"{name}*" if backend.remarks(spec) or notes(spec, profile) else name
     return "–"
 
 
@@ -56,7 +57,10 @@ def table() -> str:
     lines = ["| feature | " + " | ".join(p.name for p in profiles) + " |", "|---" * (len(profiles) + 1) + "|"]
     lines += ["| " + " | ".join([feature, *(cell(p, changes) for p in profiles)]) + " |" for feature, changes in FEATURES.items()]
     lines.append("| run on a real device | " + " | ".join("–" if p.verified == "none" else "yes" for p in profiles) + " |")
-    note = "`*` expressed in plain torch or with extra steps, not by one fused kernel (`hetero-attn explain` says why). `–` nothing yet."
+    note = (
+        "`*` expressed in plain torch or with extra steps, not by one fused kernel, or in a dtype the device has no matrix units for "
+        "(`hetero-attn explain` says which). `–` nothing yet."
+    )
     return "\n".join([START, "", *lines, "", note, "", END])
 
 
