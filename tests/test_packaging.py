@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory) -> Path:
     pytest.importorskip("hatchling", reason="hatchling is not installed (pip install 'hetero-attn[dev]')")
     out = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-w", out, ROOT]
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, ROOT]
     subprocess.run(build, check=True, timeout=240)
     return next(out.glob("*.whl"))
 
