@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hetero_attn.product import linear
 from hetero_attn.spec import AttentionSpec, Operands
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ class Backend:
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(optional) x [T, K] times weight [N, K] transposed, plus bias [N], into out [T, N] when given."""
-        result = torch.nn.functional.linear(x, weight, bias)
-        return result if out is None else out.copy_(result)
+        """(optional) x [..., K], weight [N, K], bias [N] -> [..., N], into `out` when given. The decoder's products run on the first
+        backend of the profile that is available and defines one; this default is torch's.
+        """
+        return linear(x, weight, bias, out)
 
     def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
         """(optional) A communicator that wraps `base`, the torch.distributed one; or the reasons why there is none."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hetero_attn.norm import rms_norm
+from hetero_attn.product import linear
 
 
 class CommunicatorError(RuntimeError):
@@ -89,8 +90,8 @@ class Communicator:
         self.world_size = world_size
         self.device = torch.device(device)                # where empty() allocates
         self.base = base
-        # (optional) a backend's own linear, with Backend.linear's signature: linear(x, weight, bias=None, out=None)
-        self.linear: Callable[..., torch.Tensor] = _linear
+        # A backend's own linear, with Backend.linear's signature; the decoder puts its profile's here.
+        self.linear: Callable[..., torch.Tensor] = linear
 
     # ---- who owns what -------------------------------------------------------------------------------------------------
 
@@ -369,14 +370,3 @@ def check_sizes(operation: str, sizes: Sequence[int] | None, own: int, rank: int
     """Raise ValueError unless `sizes` (when given) has one extent per rank and this rank's agrees with its tensor."""
     if sizes is not None and (len(sizes) != world_size or sizes[rank] != own):
         raise ValueError(f"{operation}: sizes is {list(sizes)}, expected {world_size} extents with {own} for rank {rank}")
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear that can write straight into `out`, a communicator's buffer: x [..., K], weight [C, K], out [..., C]."""
-    if out is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    if out.dim() != 2 or x.dtype != out.dtype or weight.dtype != out.dtype:
-        return out.copy_(torch.nn.functional.linear(x, weight, bias))
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)                                                # [T, K] x [K, C]
-    return torch.addmm(bias, x, weight.t(), out=out)

@@ -209,6 +209,15 @@ def select(spec: AttentionSpec, name: str | None = None) -> Selection:
     return Selection(backend, name, not backend.judges_lengths)
 
 
+def linear_backend(profile: DeviceProfile) -> Backend:
+    """Whose linear the profile's models use: its first available backend that defines one, else torch's own (a bare Backend)."""
+    for name in profile.backends:
+        backend = find(name)
+        if type(backend).linear is not Backend.linear and not unavailable(backend):
+            return backend
+    return Backend()
+
+
 def _asked_where(name: str) -> str:
     """' (from HETERO_ATTN_BACKEND)' where the environment may have asked for `name`: it is set far from the line that fails."""
     return " (from HETERO_ATTN_BACKEND)" if not _forced_backend.get() and os.environ.get("HETERO_ATTN_BACKEND") == name else ""

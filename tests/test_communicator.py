@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hetero_attn import init_communicator
+from hetero_attn.backend import Backend
 from hetero_attn.collectives import choose_communicator, rendezvous
 from hetero_attn.collectives.exchange import sum_in_rank_order
 from hetero_attn.communicator import Communicator, CommunicatorError, SoloCommunicator, shard_counts, shard_rows
@@ -102,7 +103,7 @@ def _second(first):
     return summed, first.all_reduce(torch.ones(3)).tolist()
 
 
-class Chip:
+class Chip(Backend):
     """A backend with a communicator on the ranks it is told to."""
 
     def __init__(self, willing_ranks):

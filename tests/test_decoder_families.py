@@ -13,7 +13,10 @@ pytest.importorskip("transformers", reason="transformers is the definition these
 
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, TOLERANCE, decode, difference, expect, make_model, save_family
+from torch.overrides import TorchFunctionMode
 
+from hetero_attn import registry
+from hetero_attn.backend import Backend
 from hetero_attn.communicator import SoloCommunicator
 from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
@@ -242,3 +245,38 @@ def test_requests_that_make_no_sense(saved):
         decoder(cache.step([sequence], [2], [3, 131]), cache)
     with pytest.raises(ValueError, match="needs this step's token ids"):
         decoder(cache.step([sequence], [1]), cache)
+
+
+class Products(TorchFunctionMode):
+    """Counts the matrix products that a linear may be made of."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.nn.functional.linear, torch.mm, torch.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+class OwnLinear(Backend):
+    """A backend that serves products alone."""
+
+    name, calls = "ownlinear", 0
+
+    def unsupported_reasons(self, spec):
+        return ["attention is not its business"]
+
+    def linear(self, x, weight, bias=None, out=None):
+        self.calls += 1
+        return super().linear(x, weight, bias, out)
+
+
+@pytest.mark.parametrize("name", ["llama2", "mixtral"])
+def test_every_product_goes_through_the_backend_s_linear(saved, name):
+    folder, expected = saved(name)
+    backend = OwnLinear()
+    with registry.register("ownlinear", lambda: backend):
+        decoder = load_model(folder, dataclasses.replace(PROFILE, backends=("ownlinear", "sdpa")))
+        with Products() as products:
+            continuations, _ = decode(decoder, expected.prompts)
+    assert continuations == expected.continuations
+    assert backend.calls == products.count > 0

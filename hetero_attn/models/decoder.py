@@ -7,7 +7,7 @@ experts, in the embedding and in the head, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -99,6 +99,13 @@ class Decoder(nn.Module):
         tied = self.embed if config.tied_embeddings else None
         self.lm_head = VocabularyHead(communicator, config.vocab_size, config.hidden_size, self.partition, tied=tied, **made)
         self.rotary = RotaryEmbedding(config.rotary, self.device)
+
+    def use_linear(self, linear: Callable[..., torch.Tensor]) -> None:
+        """Every product of this rank goes through `linear`, which has Backend.linear's signature."""
+        self.communicator.linear = linear
+        for module in self.modules():
+            if hasattr(module, "linear"):
+                module.linear = linear
 
     def new_cache(self, max_tokens: int, max_sequences: int) -> PagedCache:
         """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences."""

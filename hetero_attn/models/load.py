@@ -20,6 +20,7 @@ from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.weights import Checkpoint, log
 from hetero_attn.parallel.sharding import VOCABULARIES
 from hetero_attn.profile import DeviceProfile, load_profile
+from hetero_attn.registry import linear_backend
 
 
 def load_model(
@@ -72,6 +73,7 @@ def load_model(
             config, communicator, dtype=chosen, device=communicator.device, vocabulary=vocabulary,
             kv_block_size=profile.kv_block_size, profile=profile,
         )
+        decoder.use_linear(linear_backend(profile).linear)
         shards = list(decoder.shards(set(checkpoint.entries)))
         checkpoint.load(shards, progress)
     except BaseException:

@@ -14,12 +14,15 @@ from torch import nn
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.config import ModelConfig
 from hetero_attn.models.mlp import activation
-from hetero_attn.parallel.linear import empty_parameter, linear
+from hetero_attn.parallel.linear import empty_parameter
 from hetero_attn.parallel.sharding import Partition, Shard
+from hetero_attn.product import linear
 
 
 class MixtureOfExperts(nn.Module):
     """A token's experts_per_token best experts, weighted by their softmax probabilities scaled to a sum of 1."""
+
+    linear = staticmethod(linear)
 
     def __init__(self, config: ModelConfig, layer: int, communicator: Communicator, partition: Partition, *, dtype, device):
         super().__init__()
@@ -33,7 +36,7 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, C] -> weights [T, k] fp32 and experts [T, k] int64."""
-        probabilities = linear(x, self.router).float().softmax(dim=-1)
+        probabilities = self.linear(x, self.router).float().softmax(dim=-1)
         weights, experts = probabilities.topk(self.experts_per_token, dim=-1)
         return weights / weights.sum(dim=-1, keepdim=True), experts
 
@@ -43,8 +46,8 @@ class MixtureOfExperts(nn.Module):
         out = torch.zeros_like(x)
         for expert in experts.unique().tolist():
             rows, place = (experts == expert).nonzero(as_tuple=True)
-            gate, up = linear(x[rows], self.gate_up[expert]).chunk(2, dim=-1)
-            y = linear(self.activation(gate) * up, self.down[expert])
+            gate, up = self.linear(x[rows], self.gate_up[expert]).chunk(2, dim=-1)
+            y = self.linear(self.activation(gate) * up, self.down[expert])
             out.index_add_(0, rows, (y * weights[rows, place, None]).to(x.dtype))
         return out
 

@@ -1,8 +1,8 @@
 """Linear layers, embedding and head of a tensor-parallel decoder: each holds its rank's slice and says which slice that is.
 
 A column-parallel layer makes a rank's own features and needs no communication; a row-parallel layer sums over all ranks' features, and
-its one all-reduce is the line to look for. Shards may be uneven, or empty. `linear` makes every product but the row-parallel ones, which
-the communicator makes together with the sum (linear_all_reduce), because a device may fuse the two.
+its one all-reduce is the line to look for. Shards may be uneven, or empty. Products are made by each layer's `linear`, torch's own until
+the decoder puts its backend's there; the row-parallel ones by the communicator's, together with the sum, because a device may fuse the two.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from torch.nn import functional as F
 
 from hetero_attn.communicator import Communicator
 from hetero_attn.parallel.sharding import Partition, Shard, split
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K], weight [N, K], bias [N] -> [T, N]."""
-    return F.linear(x, weight, bias)
+from hetero_attn.product import linear
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
@@ -32,6 +28,8 @@ class ColumnParallelLinear(nn.Module):
 
     parts: (name in the checkpoint, whole output features, this rank's) of each projection, for example q_proj, k_proj, v_proj.
     """
+
+    linear = staticmethod(linear)
 
     def __init__(
         self,
@@ -50,7 +48,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [T, in] -> [T, own features] of each part."""
-        return linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        return self.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         for index, (name, out_features, own) in enumerate(self.parts):
@@ -61,6 +59,8 @@ class ColumnParallelLinear(nn.Module):
 
 class RowParallelLinear(nn.Module):
     """A projection cut by input features: every rank has a partial sum of all outputs. The bias is held, and added, by rank 0 alone."""
+
+    linear = staticmethod(linear)
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, own features] -> this rank's summand [T, out], for schedules that add up in another way."""
-        return linear(x, self.weight, self.bias)
+        return self.linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, own features] -> [T, out], the same on every rank: all_reduce(partial(x)), which a device may fuse."""
@@ -143,6 +143,8 @@ class VocabularyHead(nn.Module):
     `tied` shares the embedding's weight, which is cut in the same way.
     """
 
+    linear = staticmethod(linear)
+
     def __init__(
         self, communicator: Communicator, vocab_size: int, hidden_size: int, partition: Partition, *,
         tied: VocabularyEmbedding | None = None, dtype: torch.dtype, device: torch.device | str, site: str = "lm_head",
@@ -157,10 +159,10 @@ class VocabularyHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [N, C] -> logits [N, vocab] fp32; None on the workers under 'master'."""
         if self.vocabulary == "master":
-            return linear(hidden, self.weight).float() if self.communicator.rank == 0 else None
+            return self.linear(hidden, self.weight).float() if self.communicator.rank == 0 else None
         if not len(hidden):
             return hidden.new_empty(0, self.vocab_size, dtype=torch.float32)
-        return self.communicator.all_gather(linear(hidden, self.weight), dim=1, sizes=self.sizes, site=self.site).float()
+        return self.communicator.all_gather(self.linear(hidden, self.weight), dim=1, sizes=self.sizes, site=self.site).float()
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         if len(self.own) and not self.tied:
