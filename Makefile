@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= examples/tiny-llama
 PROMPT ?= def fibonacci(n):
+SEED   ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run demo test test-full lint bench-dispatch schema table wheel clean
@@ -31,7 +32,7 @@ setup-run: $(VENV)/.run    ## a virtual environment that runs the project
 setup: $(VENV)/.dev        ## the same with everything the tests need
 
 demo: $(VENV)/.run         ## stream a completion of a Python prompt by examples/tiny-llama on two ranks
-	$(BIN)/hetero-attn generate $(MODEL) --profile cpu --tp 2 --max-new-tokens 120 --echo --prompt '$(PROMPT)'
+	$(BIN)/hetero-attn generate $(MODEL) --profile cpu --tp 2 --max-new-tokens 200 --temperature 0.7 --seed $(SEED) --echo --prompt '$(PROMPT)'
 
 test: $(VENV)/.dev         ## the quick whole: reduced grids, real ranks
 	$(BIN)/python -m pytest -q tests hetero_attn/testing

@@ -66,9 +66,8 @@ class DeviceProfile:
         if "reference" in self.backends:
             raise ProfileError("backends names reference, which is never chosen automatically; ask for it by name, as in "
                                "attention(..., backend='reference')", key="backends")
-        both = [name for name in self.awaits if name in self.backends]
-        if both:
-            raise ProfileError(f"awaits names {both[0]}, which backends has too; expected only those that do not exist yet", key="awaits")
+        # Who lists a backend has it: `--set backends=[volta,sdpa]` ends the waiting.
+        object.__setattr__(self, "awaits", tuple(name for name in self.awaits if name not in self.backends))
         if self.device != "cuda" and self.detect.cuda_capability is not None:
             raise ProfileError(f"detect.cuda_capability is stated for device {self.device}, expected device cuda",
                                key="detect.cuda_capability")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetero_attn.cli import main
+from hetero_attn.cli.doctor import missing_kernels
 
 ROOT = Path(__file__).parents[1]
 ISSUE_CALL = ["explain", "--q", "1,32,4096,128", "--kv", "1,8,4096,128", "--dtype", "bfloat16", "--causal", "--profile", "v100"]
@@ -112,6 +113,47 @@ def test_doctor_survives_packages_that_do_not(tmp_path):
     reasons = {b["name"]: " ".join(b["reasons"]) for b in json.loads(result.stdout)["backends"]}
     assert "SystemExit: 3" in reasons["exits"] and "no attribute 'backend'" in reasons["empty"] and "SyntaxError" in reasons["garbled"]
     assert "OSError: no answer" in reasons["deaf"] and reasons["sdpa"] == ""
+
+
+@pytest.mark.parametrize(("capability", "architectures", "has"), [
+    ((7, 0), ["sm_70", "sm_80"], True), ((7, 0), ["sm_75", "sm_80", "sm_90"], False), ((8, 6), ["sm_80"], True), ((8, 0), ["sm_86"], False),
+    ((9, 0), ["sm_90a"], True), ((12, 0), ["sm_90", "compute_90"], True), ((7, 0), ["compute_75"], False),
+])
+def test_a_torch_without_kernels_for_the_gpu_is_told(capability, architectures, has):
+    remark = missing_kernels(capability, architectures)
+    assert (remark is None) == has
+    if capability == (7, 0) and not has:
+        assert "compute capability 7.0" in remark and "CUDA 12.6" in remark
+
+
+def test_the_probe_uses_a_dtype_the_backend_has():
+    from hetero_attn import registry
+    from hetero_attn.backend import Backend
+    from hetero_attn.cli.doctor import diagnosis
+    from hetero_attn.reference import ReferenceBackend
+
+    class SingleOnly(ReferenceBackend):
+        def unsupported_reasons(self, spec):
+            return [] if str(spec.dtype) == "torch.float32" else [f"dtype is {spec.dtype}, this has float32"]
+
+    class Nothing(Backend):
+        def unsupported_reasons(self, spec):
+            return ["never"]
+
+    with registry.register("singleonly", SingleOnly), registry.register("nothing", Nothing):
+        found = {b["name"]: b for b in diagnosis("cpu", [])["backends"]}
+    assert found["singleonly"]["runs_here"]
+    assert not found["nothing"]["runs_here"] and found["nothing"]["reasons"] == ["never"]
+
+
+def test_shortened_options_are_refused(capsys):
+    code, _, err = run(capsys, "doctor", "--profil", "cpu")
+    assert code == 2 and "--profil" in err
+
+
+def test_a_device_without_a_profile_is_judged_too(capsys):
+    code, out, _ = run(capsys, "explain", "--q", "1,4,7,64", "--kv", "1,4,7,64", "--device", "mps")
+    assert code == 0 and " mps" in out
 
 
 def test_a_backend_that_computes_wrongly_does_not_pass_the_doctor():

@@ -132,7 +132,6 @@ def test_a_device_that_is_not_there_is_refused():
     (lambda: DeviceProfile(name="x", device="cpu", backends=("sdpa", "sdpa")), "backends names sdpa twice"),
     (lambda: DeviceProfile(name="x", device="cpu", backends=("reference",)), "backends names reference, which is never chosen"),
     (lambda: DeviceProfile(name="x", device="cpu", communicators=()), "communicators is [], expected at least one"),
-    (lambda: DeviceProfile(name="x", device="cpu", backends=("cpu", "sdpa"), awaits=("cpu",)), "awaits names cpu, which backends has too"),
     (lambda: DeviceProfile(name="x", device="cpu", detect=Detect(cuda_capability="7.0")), "detect.cuda_capability is stated for device"),
     (lambda: DeviceProfile(name="x", device="cpu", hardware={}), "hardware is {} (a mapping), expected a Hardware"),
     (lambda: Detect(cuda_capability="70"), "cuda_capability is '70' (a string), expected a string (quoted, as in '7.0') or null"),
@@ -230,3 +229,9 @@ def test_profiles_stand_on_the_floor(module):
     for name in names:
         package, _, rest = name.partition(".")
         assert package in {*sys.stdlib_module_names, "torch", "yaml"} or (package == "hetero_attn" and rest in siblings), name
+
+
+def test_who_lists_a_backend_awaits_it_no_longer():
+    assert load_profile("cpu", sets=["awaits=[chip]"]).awaits == ("chip",)
+    profile = load_profile("cpu", sets=["awaits=[chip]", "backends=[chip, sdpa]"])
+    assert profile.backends == ("chip", "sdpa") and profile.awaits == ()

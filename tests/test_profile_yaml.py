@@ -70,8 +70,6 @@ def refusal(text: str | bytes, name: str = "mine.yaml") -> str:
     ("kv_block_size: !!int abc\n", "mine.yaml:3: kv_block_size is 'abc', expected an integer >= 1"),
     # one value beside another
     ("backends: []\n", "mine.yaml:3: backends is [], expected at least one; every device runs [sdpa]"),
-    ("backends: [sdpa]\nawaits: [sdpa]\n",
-     "mine.yaml:4: awaits names sdpa, which backends has too; expected only those that do not exist yet"),
     ("hardware:\n  ub_bytes: 8\n  ub_reserved_bytes: 9\n",
      "mine.yaml:5: hardware.ub_reserved_bytes is 9, expected less than ub_bytes (8)"),
 ])

@@ -16,7 +16,10 @@ SUBCOMMANDS = (doctor, explain, generate)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a wrong argument as an exception like any other error."""
+    """argparse, with a wrong argument as an exception like any other error, and no guessing at shortened options."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str):
         raise CommandError(f"{message} (see {self.prog} --help)")

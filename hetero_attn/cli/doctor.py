@@ -57,6 +57,7 @@ def diagnosis(profile_name: str | None, sets: list[str]) -> dict:
 def _devices() -> list[dict]:
     import torch
 
+    from hetero_attn.explain import device_here
     from hetero_attn.profile_detect import device_name
 
     cpu = {"device": "cpu", "name": device_name(torch.device("cpu")), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
@@ -69,8 +70,27 @@ def _devices() -> list[dict]:
             continue
         for index in range(module.device_count()):
             memory = module.get_device_properties(index).total_memory
-            devices.append({"device": f"{kind}:{index}", "name": module.get_device_name(index), "memory_gib": round(memory / 2**30, 1)})
+            found = {"device": f"{kind}:{index}", "name": module.get_device_name(index), "memory_gib": round(memory / 2**30, 1)}
+            if kind == "cuda" and torch.version.cuda:
+                capability = module.get_device_capability(index)
+                found["capability"] = "{}.{}".format(*capability)
+                found["remark"] = missing_kernels(capability, module.get_arch_list())
+            devices.append(found)
+    devices += [{"device": kind, "name": f"torch's {kind} device"} for kind in ("mps", "xpu") if device_here(kind)]
     return devices
+
+
+def missing_kernels(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Why a torch built for `architectures` ('sm_80', 'compute_90', ...) has no kernels for a GPU of this capability; None = it has."""
+    major, minor = capability
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        number = "".join(filter(str.isdigit, number))                  # sm_90a
+        built = (int(number[:-1]), int(number[-1]))
+        if (kind == "sm" and built[0] == major and built[1] <= minor) or (kind == "compute" and built <= capability):
+            return None
+    remedy = "install a torch built for CUDA 12.6 (its wheels still have it)" if capability < (7, 5) else "install a torch built for it"
+    return f"this torch has no kernels for compute capability {major}.{minor}, only for {', '.join(architectures)}; {remedy}"
 
 
 def _backend(name: str, profile) -> dict:
@@ -96,18 +116,22 @@ def _probe(name: str, device: str) -> tuple[str, list[str]]:
     from hetero_attn.backend import UnsupportedError
     from hetero_attn.explain import device_here
 
-    device = device if device_here(device) else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 4, 64, generator=generator).to(device, torch.float16) for heads in (4, 2, 2))
-    try:
-        out = attention(q, k, v, is_causal=True, backend=name).float().cpu()
-    except UnsupportedError as error:
-        return device, [line.strip() for line in str(error).splitlines()[2:-1]]
-    except Exception as error:
-        return device, [f"a tiny call failed: {type(error).__name__}: {error}"]
+    device, objections = device if device_here(device) else "cpu", []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, heads, 4, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+        try:
+            out = attention(q, k, v, is_causal=True, backend=name).float().cpu()
+            break
+        except UnsupportedError as error:                              # perhaps it has another dtype
+            objections = objections or error.reasons.get(name, [])
+        except Exception as error:
+            return device, [f"a tiny call failed: {type(error).__name__}: {error}"]
+    else:
+        return device, objections
     expected = attention(*(t.cpu().float() for t in (q, k, v)), is_causal=True, backend="reference")
     worst = float((out - expected).abs().max())
-    return device, [] if worst < 5e-3 else [f"a tiny call is wrong by {worst:.3g} against the reference; do not use it"]
+    return device, [] if worst < 2e-2 else [f"a tiny call is wrong by {worst:.3g} against the reference; do not use it"]
 
 
 def _communicators(profile) -> list[dict]:
@@ -134,9 +158,11 @@ def as_text(report: dict) -> str:
     lines = [f"hetero_attn {versions['hetero_attn']}   python {versions['python']}   torch {versions['torch']}", "", "devices"]
     for device in report["devices"]:
         details = [f"{device['memory_gib']} GiB"] if "memory_gib" in device else []
+        details += [f"compute capability {device['capability']}"] if "capability" in device else []
         details += [f"{device['cores']} cores, torch uses {device['torch_threads']} threads"] if "cores" in device else []
         text = f"none: {device['absent']}" if "absent" in device else ", ".join([device["name"], *details])
         lines.append(f"  {device['device']:<8} {text}")
+        lines += [f"  {'':<8} {device['remark']}"] if device.get("remark") else []
     lines += ["", "backends (a tiny call of each, checked against the definition)"]
     width = max(len(b["name"]) for b in report["backends"])
     for backend in report["backends"]:

@@ -51,7 +51,8 @@ def run(args) -> int:
     from hetero_attn.explain import explain_spec
     from hetero_attn.profile import load_profile
 
-    profile = load_profile(args.profile, sets=args.set, device=args.device)
+    known = args.device if args.device is None or args.device.partition(":")[0] in ("cpu", "cuda", "npu") else None
+    profile = load_profile(args.profile, sets=args.set, device=known)        # mps, xpu: judged by this machine's best profile
     if args.backend:
         registry.get(args.backend)
     explanation = explain_spec(spec_of(args, args.device or profile.device), profile, args.backend)
