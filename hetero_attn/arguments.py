@@ -131,7 +131,8 @@ def _check_cumulative(name: str, starts: list[int], total: int, packed: str, max
     for start in starts[1:]:
         if start < previous:
             raise ValueError(f"{name} is {_short(starts)}, expected values that never fall (cumulative lengths)")
-        longest = max(longest, start - previous)
+        if start - previous > longest:
+            longest = start - previous
         previous = start
     if starts[0] != 0 or previous != total:
         raise ValueError(f"{name} runs from {starts[0]} to {previous}, expected 0 to {total}: the tokens that {packed} packs")

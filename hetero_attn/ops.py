@@ -176,14 +176,14 @@ def run_varlen(
 ):
     """attention_varlen() once nothing traces: plan, check the lengths' values, run, give back out or (out, lse)."""
     try:
-        B, Tq, axes = cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[1:]
+        B, (Tq, Hq, D), (k_rows, *k_axes), (v_rows, *v_axes) = cu_seqlens_q.shape[0] - 1, q.shape, k.shape, v.shape
         form = plan = None
         plain = type(max_seqlen_q) is type(max_seqlen_k) is int and type(is_causal) is type(return_lse) is bool
         if plain and type(window_size) is list:
             window_size = tuple(window_size)
-        if plain and k.shape[0] == v.shape[0] and axes[:-1] == v.shape[1:-1] and axes[-1] == q.shape[2]:
+        if plain and k_rows == v_rows and k_axes[:-1] == v_axes[:-1] and k_axes[-1] == D:
             form = (
-                q.shape[1:], axes, v.shape[1:], _size_class(B, max_seqlen_q, max_seqlen_k), B, Tq if Tq < 2 else 2, q.dtype, k.dtype,
+                Hq, D, *k_axes, v_axes[-1], _size_class(B, max_seqlen_q, max_seqlen_k), B, Tq if Tq < 2 else 2, q.dtype, k.dtype,
                 v.dtype, q.device, k.device, v.device, _index_form(cu_seqlens_q), _index_form(cu_seqlens_k), _index_form(block_table),
                 _index_form(seqused_k), is_causal, scale, window_size, softcap, return_lse, needs_grad, registry.choice(backend),
                 _form_of(alibi_slopes), _form_of(sinks),
@@ -250,7 +250,7 @@ def _form_of(tensor: torch.Tensor | None) -> tuple | None:
 
 
 def _index_form(tensor: torch.Tensor | None) -> tuple | None:
-    return None if tensor is None else (tensor.shape[0], tensor.dim(), tensor.dtype, tensor.device)
+    return None if tensor is None else (len(tensor), tensor.dim(), tensor.dtype, tensor.device)
 
 
 def _wants_grad(*tensors: torch.Tensor | None) -> bool:
