@@ -111,6 +111,9 @@ def test_chat_renders_the_template_and_a_pipe_is_one_turn_a_line(run, texts, mon
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n" + "x" * 200 + "\n"))
     code, _, err = run("--chat")
     assert code == 2 and "longer than the model's context of 128" in err.splitlines()[-1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="ascii"))
+    code, out, err = run("--chat")
+    assert (code, out) == (2, "") and err.splitlines()[-1] == "hetero-attn: error: standard input is not UTF-8 text (a byte is 0xff)"
 
 
 def spoiled(folder, target, change):
@@ -135,6 +138,11 @@ def cut(folder):
 def integers(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def not_numbers(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 FOLDERS = {
@@ -189,7 +197,9 @@ def test_a_bad_model_directory_is_one_line(refused, folder, tmp_path, kind):
     (["--prompt", "a", "--backend", "sdqa"], "unknown backend 'sdqa': did you mean 'sdpa'?"),
     (["--prompt", "a", "--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
     (["--prompt", "a", "--device", "gpu"], "device 'gpu'"),
-    (["--prompt", "a", "--timeout", "-3"], "timeout_s is -3.0"),
+    (["--prompt", "a", "--timeout", "-3"], "--timeout is -3, expected seconds: above 0, at most 1000000"),
+    (["--prompt", "a", "--timeout", "1e20"], "--timeout is 1e+20, expected seconds"),
+    (["--prompt", "a\udcff"], "which is not Unicode text"),
     (["--prompt", "a", "--system", "b"], "give --chat too"),
     (["--prompt", "x" * 300], "the prompt has 301 tokens, longer than the model's context of 128"),
     (["--prompt", "a", "--prompt", "x" * 300], "prompt 2 of 2 has 301 tokens"),
@@ -219,15 +229,25 @@ def test_further_refusals(refused, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("--tp is 3, but torchrun started 2 ranks", "--prompt", "a", "--tp", 3)
+    monkeypatch.setenv("RANK", "2")
+    refused("RANK is '2' and WORLD_SIZE '2' in the environment, expected numbers with 0 <= RANK < WORLD_SIZE", "--prompt", "a")
     assert main([]) == 2 and main(["sing"]) == 2
     assert [line[:20] for line in capsys.readouterr().err.splitlines()] == ["hetero-attn: error: "] * 2
 
 
-def test_a_traceback_only_on_request(run, monkeypatch):
+def test_a_very_short_timeout_is_a_number(run):
+    assert run("--prompt", "a", "--timeout", "1e-5")[0] == 0
+
+
+def test_a_traceback_only_on_request(run, monkeypatch, folder, tmp_path):
     monkeypatch.setenv("HETERO_ATTN_DEBUG", "1")
     assert "Traceback" in run()[2]
     monkeypatch.setenv("HETERO_ATTN_DEBUG", "0")
     assert "Traceback" not in run()[2]
+    nan = spoiled(folder, tmp_path / "nan", not_numbers)
+    code, out, err = run("--prompt", "a", model=nan)
+    assert (code, out) == (1, "") and err.splitlines()[-1].startswith("hetero-attn: error: the logits' maximum is nan: ")
+    assert "this is a bug" not in err
     monkeypatch.setattr(work, "load_model", lambda *a, **k: 1 / 0)          # a bug of ours: still one line, but not the caller's fault
     code, _, err = run("--prompt", "a")
     assert code == 1 and err.startswith("hetero-attn: error: ZeroDivisionError: division by zero (this is a bug;") and err.count("\n") == 1

@@ -46,6 +46,14 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder, tp):
     assert process.wait(60) == 141 and "Traceback" not in errors and "error" not in errors.lower()
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_closed_streams_are_empty_ones(folder, tp):
+    command = [sys.executable, "-m", "hetero_attn", "generate", str(folder), "--chat", "--tp", str(tp)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(["sh", "-c", '"$@" <&- >&-', "sh", *command], env=env, stderr=subprocess.PIPE, timeout=60)
+    assert process.returncode == 0 and b"error" not in process.stderr, process.stderr.decode()
+
+
 def test_two_ranks_stream_the_text_of_one(folder, text):
     out, err = start(folder, "--prompt", "Hello", "--max-new-tokens", 12, "--tp", 2, "--vocabulary", "master").communicate(timeout=120)
     assert out.decode().removesuffix("\n") == text.removesuffix("\n"), err.decode()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_attn.models.sampling import SamplingParams, filtered, repetition_penalised, sample, sequence_generator
+from hetero_attn.models.sampling import LogitsError, SamplingParams, filtered, repetition_penalised, sample, sequence_generator
 
 VOCAB = 50
 
@@ -108,9 +108,15 @@ def test_a_filter_never_removes_the_best_token(seed, temperature, top_k, top_p, 
     assert kept[sample(logits, params, [], sequence_generator(seed, 0))]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-37])
+def test_a_temperature_near_nothing_draws_the_best_token(temperature):
+    params = SamplingParams(temperature=temperature, top_k=3, top_p=0.9, min_p=0.1)
+    assert sample(torch.tensor([1.0, 500.0, -3.0, 499.0]), params, [], sequence_generator(0, 0)) == 1
+
+
 def test_unusable_logits_are_an_error():
     for bad in (math.nan, -math.inf):
-        with pytest.raises(RuntimeError, match="logits' maximum"):
+        with pytest.raises(LogitsError, match="logits' maximum"):
             sample(torch.full((4,), bad), SamplingParams(), [])
     with pytest.raises(ValueError, match="needs a generator"):
         sample(logits_of(0), SamplingParams(temperature=1.0), [])
@@ -139,6 +145,8 @@ def test_wrong_types_are_named():
     for name, value in (("top_k", 1.5), ("temperature", "hot"), ("max_new_tokens", True), ("seed", 0.5)):
         with pytest.raises(TypeError, match=f"{name} is"):
             SamplingParams(**{name: value})
+    with pytest.raises(TypeError, match="do_sample is 'no', expected true or false"):
+        SamplingParams.from_generation_config({"do_sample": "no"})
     assert SamplingParams(stop="\n\n").stop == ("\n\n",)
 
 

@@ -99,6 +99,16 @@ def test_template_errors_are_one_clear_line(tmp_path):
         chat("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ModelError, match="refuses this conversation"):
         chat("{{ messages.append(1) }}")
+    for failing in ("{{ 1 / 0 }}", "{{ range(10**9) }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"):
+        with pytest.raises(ModelError, match="refuses this conversation"):
+            chat(failing)
+
+
+def test_plain_text_needs_no_sound_template_but_must_be_unicode(tmp_path):
+    tokenizer = Tokenizer.from_dir(write_tokenizer(tmp_path, chat_template="{% if %}"))
+    assert tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
+    with pytest.raises(ModelError, match=r"'\\udcff' at character 1, which is not Unicode text"):
+        tokenizer.encode("a\udcff")                    # what Python makes of the argument b"a\xff"
 
 
 def test_directories_without_a_usable_tokenizer(tmp_path):

@@ -6,6 +6,7 @@ Whatever goes wrong ends here, in errors.report: one line on stderr and an exit 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,8 +39,19 @@ def parser() -> Parser:
     return top
 
 
+def open_missing_streams() -> None:
+    """The null device for each standard stream that was closed (<&-), before a file or socket gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Files take the lowest free number: in this order, the stream's own. Not closed with the Python object: ranks inherit it.
+            number = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (None: this process's) and returns its exit code."""
+    open_missing_streams()
     try:
         args = parser().parse_args(argv)
         code = args.run(args)

@@ -10,7 +10,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 
-from hetero_attn.cli.errors import one_line
+from hetero_attn.cli.errors import CommandError, one_line
 from hetero_attn.cli.output import TextPrinter
 from hetero_attn.cli.request import Request
 from hetero_attn.models.config import ModelError
@@ -23,7 +23,10 @@ SIGN = ">>> "
 
 
 def converse(driver: Driver, tokenizer: Tokenizer, request: Request) -> list[Generation]:
-    """Answers every line of standard input; returns the turns. Raises ModelError when a piped conversation outgrows the context."""
+    """Answers every line of standard input; returns the turns.
+
+    Raises ModelError when a piped conversation outgrows the context, CommandError when it is not UTF-8.
+    """
     stdin = standard_input()
     conversation = Conversation(driver, tokenizer, request.params, system=request.system)
     turns: list[Generation] = []
@@ -50,9 +53,14 @@ def converse(driver: Driver, tokenizer: Tokenizer, request: Request) -> list[Gen
 
 
 def standard_input():
-    """This process's standard input; in a spawned rank, whose sys.stdin is the null device, the terminal's or pipe's own."""
+    """This process's standard input as UTF-8; in a spawned rank, whose sys.stdin is the null device, the terminal's or pipe's own.
+
+    Wrong bytes are replaced where a person types, and an error in a pipe.
+    """
     if multiprocessing.parent_process() is not None:
-        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)
+        sys.stdin = open(0, closefd=False)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace" if sys.stdin.isatty() else "strict")
     return sys.stdin
 
 
@@ -70,7 +78,10 @@ def lines(stdin) -> Iterator[str]:
     while True:
         if stdin.isatty():
             print(SIGN, end="", file=sys.stderr, flush=True)
-        line = stdin.readline()
+        try:
+            line = stdin.readline()
+        except UnicodeDecodeError as error:
+            raise CommandError(f"standard input is not UTF-8 text (a byte is {error.object[error.start]:#04x})") from None
         if not line:
             return
         yield line.rstrip("\n")

@@ -13,6 +13,7 @@ import traceback
 from hetero_attn.backend import UnsupportedError
 from hetero_attn.communicator import CommunicatorError
 from hetero_attn.models.config import ModelError
+from hetero_attn.models.sampling import LogitsError
 from hetero_attn.profile import ProfileError
 from hetero_attn.registry import UnknownBackendError
 
@@ -28,7 +29,7 @@ class CommandFailed(RuntimeError):
 
 
 REFUSED = (CommandError, ModelError, ProfileError, UnknownBackendError, UnsupportedError)
-BROKE = (CommandFailed, CommunicatorError, MemoryError)
+BROKE = (CommandFailed, CommunicatorError, LogitsError, MemoryError)
 
 
 def one_line(error: BaseException) -> str:

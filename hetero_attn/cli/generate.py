@@ -88,16 +88,21 @@ def run(args) -> int:
     if args.tp is not None and args.tp < 1:
         raise CommandError(f"--tp is {args.tp}, expected at least 1")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return work(checked(args, _joined_size(args), rank=int(os.environ["RANK"])))
+        rank, size = _joined(args)
+        return work(checked(args, size, rank=rank))
     request = checked(args, args.tp or 1)
     return work(request) if request.tp == 1 else in_own_ranks(request)
 
 
-def _joined_size(args) -> int:
-    """The size of the group torchrun started."""
+def _joined(args) -> tuple[int, int]:
+    """Rank and size of the group torchrun started. Raises CommandError when they are no such numbers or --tp is another."""
     from hetero_attn.cli.errors import CommandError
 
-    size = int(os.environ["WORLD_SIZE"])
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise CommandError(f"RANK is {rank!r} and WORLD_SIZE {size!r} in the environment, expected numbers with 0 <= RANK < WORLD_SIZE; "
+                           "start the ranks with torchrun, or unset both")
+    rank, size = int(rank), int(size)
     if args.tp not in (None, size):
         raise CommandError(f"--tp is {args.tp}, but torchrun started {size} ranks; leave --tp out, or start as many")
-    return size
+    return rank, size

@@ -27,6 +27,7 @@ from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.profile_detect import present_device
 from hetero_attn.spec import AttentionSpec
 
+LONGEST_TIMEOUT_S = 1_000_000       # torch's store counts 32-bit milliseconds
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -105,7 +106,11 @@ def _names(prompts: Sequence[str]) -> list[str]:
 
 
 def _sets(args) -> list[str]:
-    return [*args.set, *([] if args.timeout is None else [f"timeout_s={args.timeout}"])]
+    if args.timeout is None:
+        return args.set
+    if not 0 < args.timeout <= LONGEST_TIMEOUT_S:
+        raise CommandError(f"--timeout is {args.timeout:g}, expected seconds: above 0, at most {LONGEST_TIMEOUT_S}")
+    return [*args.set, f"timeout_s={args.timeout:f}"]           # YAML takes 1e-05 for a string
 
 
 def _params(args, tokenizer: Tokenizer) -> SamplingParams:

@@ -65,7 +65,7 @@ class ChatTemplate:
         names = {"tools": None, "documents": None, **self.tokens, **variables}
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **names)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:                      # a template is a program, and may fail as any program does
             raise ModelError(f"the model's chat template refuses this conversation: {' '.join(str(error).split())}") from error
 
 

@@ -15,6 +15,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny        # less is 0 in fp32; by then all but the best are -inf anyway
+
+
+class LogitsError(RuntimeError):
+    """The model's logits hold NaN or no finite maximum: the numbers, not the request, are at fault."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -82,6 +88,8 @@ class SamplingParams:
                 raise TypeError(f"unknown sampling parameter {name!r}; known are {', '.join(known)}")
         found = ("max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty")
         values = {name: config[name] for name in found if config.get(name) is not None}
+        if not isinstance(config.get("do_sample"), bool | None):
+            raise TypeError(f"do_sample is {config['do_sample']!r}, expected true or false")
         samples = bool(config.get("do_sample")) or bool(given.keys() & {"top_k", "top_p", "min_p"})
         temperature = config.get("temperature")
         values["temperature"] = (1.0 if temperature is None else temperature) if samples else 0.0
@@ -105,7 +113,7 @@ def repetition_penalised(logits: torch.Tensor, history: Sequence[int], penalty: 
 
 def filtered(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """logits [V] fp32 after temperature, top-k, top-p and min-p, in this order; what is filtered out is -inf. Not for greedy params."""
-    logits = logits / params.temperature
+    logits = (logits - logits.max()) / max(params.temperature, LEAST_TEMPERATURE)      # from the top, so that nothing overflows
     if 0 < params.top_k < logits.shape[-1]:
         bound = torch.topk(logits, params.top_k).values[-1]                     # ties at the bound all stay
         logits = logits.masked_fill(logits < bound, -math.inf)
@@ -125,12 +133,12 @@ def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int],
     """The next token of one sequence.
 
     logits [V] fp32 on any device; history: token ids of prompt and output so far; generator: from sequence_generator, advanced by one
-    number (untouched when greedy). Raises RuntimeError when the logits hold NaN or no finite value.
+    number (untouched when greedy). Raises LogitsError when the logits hold NaN or no finite maximum.
     """
     logits = repetition_penalised(logits.float(), history, params.repetition_penalty)
     best, token = logits.max(-1)
     if not math.isfinite(best):
-        raise RuntimeError(f"the logits' maximum is {best.item()}: the model's output is not usable (try another dtype or backend)")
+        raise LogitsError(f"the logits' maximum is {best.item()}: the model's output is not usable (try another dtype or backend)")
     if params.greedy:
         return int(token)
     if generator is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -36,7 +37,7 @@ class Tokenizer:
         )
         falls_back = '"ByteFallback"' in backend.to_str()
         self._byte_ids = frozenset(self._id(f"<0x{byte:02X}>") for byte in range(256)) - {None} if falls_back else frozenset()
-        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.special)
+        self._chat_source = chat_template
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
@@ -58,13 +59,26 @@ class Tokenizer:
         special = _special_tokens(_json_object(folder / "special_tokens_map.json")) | _special_tokens(config)
         return cls(backend, special, chat_template=find_chat_template(folder, config))
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template. Compiled when first asked for: plain text needs no sound one. Raises ModelError."""
+        return None if self._chat_source is None else ChatTemplate(self._chat_source, self.special)
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text; special tokens written out in it become their ids. add_special_tokens: BOS and the like, as the file says."""
+        """Token ids of text; special tokens written out in it become their ids. add_special_tokens: BOS and the like, as the file says.
+
+        Raises ModelError for text that is no Unicode: half a surrogate pair, which Python puts where bytes were not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ModelError(f"a text holds {text[error.start]!r} at character {error.start}, which is not Unicode text; "
+                             "give it as UTF-8") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
