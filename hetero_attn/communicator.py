@@ -264,6 +264,7 @@ class Communicator:
             check_tensor("all_reduce_rms_norm", argument, value, written=argument == "residual_shard")
             if not value.is_floating_point():
                 raise TypeError(f"all_reduce_rms_norm: {argument} is {value.dtype}, expected a floating-point tensor")
+        check_sum("all_reduce_rms_norm", x)
         if x.dim() != 2:
             raise ValueError(f"all_reduce_rms_norm: x is {list(x.shape)}, expected [T, C]")
         own = self.rows(x.shape[0])

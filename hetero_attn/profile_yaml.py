@@ -129,6 +129,8 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
     if not elsewhere:
         nearest = difflib.get_close_matches(name, [k.rpartition(".")[2] for k in known], n=1)
         elsewhere = [k for k in known if nearest and k.rpartition(".")[2] == nearest[0]]
+    if any(k.startswith(path + ".") for k in known):
+        return f"{path} is a section, expected one of its keys: {_under(path, known)}"
     if close:
         return f"unknown key {path}; did you mean {close[0]}?"
     if elsewhere:
@@ -160,7 +162,7 @@ def entries(node: yaml.MappingNode, leaves: Mapping[str, Leaf], label: str, pref
     return found
 
 
-def _under(path: str, leaves: Mapping[str, Leaf]) -> str:
+def _under(path: str, leaves: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(known[len(path) + 1:].split(".")[0] for known in leaves if known.startswith(path + ".")))
 
 
@@ -172,8 +174,6 @@ def parse_set(assignment: str, leaves: Mapping[str, Leaf], source: str = "--set"
     path = path.strip()
     if not equals or not path:
         raise ProfileError(f"{where}: expected key.path=value, as in {source} kv_block_size=32")
-    if any(known.startswith(path + ".") for known in leaves):
-        raise ProfileError(f"{where}: {path} is a section, expected one of its keys: {_under(path, leaves)}", key=path)
     if path not in leaves:
         raise ProfileError(f"{where}: {unknown_key(path, leaves)}", key=path)
     leaf = leaves[path]

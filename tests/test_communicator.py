@@ -1,9 +1,13 @@
 """The communicator beyond its conformance suite: composed defaults, the suite's own eyesight, the choice among communicators."""
 
+import contextlib
+import itertools
 import os
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hetero_attn import init_communicator
 from hetero_attn.backend import Backend
@@ -83,8 +87,11 @@ def in_ranks(communicator):
     done["listening"] = listening_addresses()
     done["batch"] = os.sched_getscheduler(0) == getattr(os, "SCHED_BATCH", None)
     done["repr"] = repr(communicator)
+    started = [communicator.start_all_reduce(torch.ones(50_000, dtype=torch.bfloat16)) for _ in range(8)]
+    started.append(communicator.start_all_reduce(torch.ones(3)))
     communicator.close()
     communicator.close()
+    done["started before close"] = [_refused(lambda handle=handle: handle.wait().amax().item()) for handle in started]
     done["closed"] = _refused(lambda: communicator.all_reduce(torch.ones(2)))
     return done
 
@@ -116,6 +123,18 @@ class Chip(Backend):
         return Faulty(base, "none") if base.rank in self.willing_ranks else [f"rank {base.rank} has no such chip"]
 
 
+class BreakingChip(Chip):
+    def communicator(self, base, profile):
+        if base.rank not in self.willing_ranks:
+            raise OSError("no room in /dev/shm")
+        return super().communicator(base, profile)
+
+
+class VagueChip(Chip):
+    def communicator(self, base, profile):
+        return "no such chip"
+
+
 def _choices(base):
     """What is chosen for several lists: the class's name, and the reasons against the others."""
     import dataclasses
@@ -123,8 +142,11 @@ def _choices(base):
     from hetero_attn import registry
 
     chosen = {}
-    with registry.register("everywhere", lambda: Chip({0, 1})), registry.register("halfway", lambda: Chip({0})):
-        for names in (("everywhere", "distributed"), ("halfway", "distributed"), ("nowhere", "distributed")):
+    chips = {"everywhere": Chip({0, 1}), "halfway": Chip({0}), "breaking": BreakingChip({0}), "vague": VagueChip({0, 1})}
+    with contextlib.ExitStack() as stack:
+        for name, chip in chips.items():
+            stack.enter_context(registry.register(name, lambda chip=chip: chip))
+        for names in ((name, "distributed") for name in (*chips, "nowhere")):
             communicator, reasons = choose_communicator(dataclasses.replace(load_profile("cpu"), communicators=names), base)
             result = communicator.all_reduce(torch.ones(1)).item()
             chosen[names[0]] = type(communicator).__name__, reasons.get(names[0]), result
@@ -183,6 +205,7 @@ def test_a_second_communicator_and_a_closed_one(ranks):
     for done in ranks:
         assert done["second"] == ([2.0] * 3, [2.0] * 3)
         assert "CommunicatorError" in done["closed"] and "closed" in done["closed"]
+        assert done["started before close"] == ["no error: 2.0"] * 9
 
 
 @pytest.mark.ranks
@@ -192,6 +215,10 @@ def test_the_choice_is_the_same_on_every_rank(ranks):
         name, reasons, result = done["choices"]["halfway"]
         assert (name, result) == ("DistributedCommunicator", 2.0)
         assert reasons == ["rank 1 objects"] if rank == 0 else reasons == ["rank 1 has no such chip"]
+        name, reasons, result = done["choices"]["breaking"]
+        assert (name, result) == ("DistributedCommunicator", 2.0)
+        assert reasons == (["rank 1 objects"] if rank == 0 else ["OSError: no room in /dev/shm"])
+        assert done["choices"]["vague"][0] == "DistributedCommunicator" and "'no such chip'" in done["choices"]["vague"][1][0]
         assert done["choices"]["nowhere"][0] == "DistributedCommunicator"
         assert "nowhere" in done["choices"]["nowhere"][1][0]
 
@@ -230,6 +257,40 @@ def test_a_half_set_environment_is_explained(monkeypatch, variables, words):
     with pytest.raises(CommunicatorError) as error:
         init_communicator("cpu", timeout_s=1)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.fixture
+def no_agent(monkeypatch):
+    """The environment of rank 0 of 2 where no torchrun serves the store; returns the port."""
+    monkeypatch.setattr(rendezvous, "_serial", itertools.count())
+    monkeypatch.setattr(rendezvous, "_stores", {})
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return port
+
+
+def test_without_an_agent_one_store_serves_all_communicators(no_agent):
+    first, second = (rendezvous.open_store(rendezvous.World(0, 2, 0, 2), 5) for _ in range(2))
+    first.set("key", "of the first")
+    assert not second.check(["key"]) and first.check(["key"])
+
+
+def test_a_port_in_use_is_explained(no_agent):
+    with socket.create_server(("127.0.0.1", no_agent)), pytest.raises(CommunicatorError, match=f"{no_agent}.*in use"):
+        rendezvous.open_store(rendezvous.World(0, 2, 0, 2), 5)
+
+
+def test_a_store_that_ends_while_ranks_join_is_explained(no_agent):
+    server = dist.TCPStore("127.0.0.1", no_agent, None, True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", no_agent, None, False)
+    del server
+    with pytest.raises(CommunicatorError, match="rank 1 of 2: rank 0 is gone") as error:
+        rendezvous.exchange(client, rendezvous.World(1, 2, 1, 2), "device", "cpu", 5)
+    assert error.value.missing == [0]
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -164,6 +164,11 @@ def noisy(self, out, q, k, v):
     return out * (1 + 1e-6 * self.calls)
 
 
+def reused(self, out, q, k, v):
+    self.buffer = getattr(self, "buffer", out)
+    return self.buffer.copy_(out) if self.buffer.shape == out.shape and self.buffer.dtype == out.dtype else out
+
+
 def average_where_empty(self, scores, sink, sees):
     weights, lse = honest("softmax")(self, scores, sink, sees)
     return torch.where(sees.any(-1, keepdim=True), weights, 1 / max(1, scores.shape[-1])), lse
@@ -228,6 +233,8 @@ FAULTS = {
     "softcap applied after mask and alibi": ("softcap", "shaped", cap_after_mask),
     "softcap forgotten": ("softcap", "shaped", lambda self, scores, spec, bias, alibi: honest("shaped")(
         self, scores, replace(spec, softcap=0.0), bias, alibi)),
+    "softcap forgotten where no lse is asked for": ("softcap", "shaped", lambda self, scores, spec, bias, alibi: honest("shaped")(
+        self, scores, spec if spec.return_lse else replace(spec, softcap=0.0), bias, alibi)),
     "alibi with the wrong sign": ("alibi", "alibi", lambda self, slopes, ahead: slopes * ahead.abs()),
     "alibi without the absolute value": ("alibi", "alibi", lambda self, slopes, ahead: slopes * ahead),
     "alibi slopes of the first batch row for all": ("alibi", "alibi", lambda self, slopes, ahead: -(
@@ -260,6 +267,7 @@ FAULTS = {
     "a length short by one": ("paged", "length", lambda self, length, spec: max(0, length - 1)),
     "writes an input": ("plain", "attention", written_input),
     "returns other bits each time": ("plain", "result", noisy),
+    "returns the same buffer each time": ("plain", "result", reused),
     "returns a view of v": ("lengths-1x1-heads-4-4", "result", lambda self, out, q, k, v: v if out.shape == v.shape else out),
     "accumulates in bf16": ("head_dim", "result", grain(torch.bfloat16)),
     "returns another dtype": ("plain", "result", lambda self, out, q, k, v: out.to(torch.float32 if q.dtype != torch.float32 else
@@ -269,6 +277,12 @@ FAULTS = {
     "no autograd at all": ("gradients", "result", lambda self, out, q, k, v: out.detach()),
     "assumes unit stride": ("memory-interleaved", "attention", lambda self, q, k, v, spec, operands: honest("attention")(
         self, torch.as_strided(q, q.shape, (*q.stride()[:-1], 1), q.storage_offset()), k, v, spec, operands)),
+    "walks v with the strides of k": ("memory-mixed", "attention", lambda self, q, k, v, spec, operands: honest("attention")(
+        self, q, k, torch.as_strided(v, v.shape, k.stride(), v.storage_offset()) if v.shape == k.shape else v, spec, operands)),
+    "walks k with the strides of q": ("memory-mixed", "attention", lambda self, q, k, v, spec, operands: honest("attention")(
+        self, q, torch.as_strided(k, k.shape, q.stride(), k.storage_offset()) if k.shape == q.shape else k, v, spec, operands)),
+    "has room for 16 heads": ("heads", "over_groups", lambda self, x, group: honest("over_groups")(
+        self, x, group) * (torch.arange(x.shape[1] * group) < 16)[:, None, None]),
     "assumes the mask is contiguous": ("memory-interleaved", "bool_mask", lambda self, mask: torch.as_strided(
         mask, mask.shape, torch.empty(mask.shape).stride(), mask.storage_offset())),
 }

@@ -117,6 +117,8 @@ def test_a_damaged_file_is_one_clear_error_and_stays_as_it_is(damage, message):
 
 
 @pytest.mark.parametrize("wrong, notes, message", [
+    ({"hardware.alignments": {"ub_bytes": 2}}, None, "overlay of profile 'cpu': hardware.alignments is a section, expected one of its "
+     "keys: ub_bytes, l1_bytes, l0a_bytes, l0b_bytes, l0c_bytes"),
     ({"kv_blok_size": 3}, None, "overlay of profile 'cpu': unknown key kv_blok_size; did you mean kv_block_size?"),
     ({"kv_block_size": 0}, None, "overlay of profile 'cpu': kv_block_size is 0, expected an integer >= 1"),
     ({"device": "cuda"}, None, "overlay of profile 'cpu': device cannot be overlaid, it says what the profile is"),

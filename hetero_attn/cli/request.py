@@ -59,11 +59,13 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
 
     Raises CommandError, ModelError, ProfileError, UnknownBackendError, UnsupportedError.
     """
+    if args.echo and (args.json or args.chat):
+        raise CommandError("--echo prints prompts before their text: leave it out with --json and --chat")
     if args.system is not None and not args.chat:
         raise CommandError("--system is the first message of a conversation: give --chat too")
     config = ModelConfig.from_dir(args.model)
     checkpoint = Checkpoint(args.model)
-    profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=str(args.model))
+    profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=config.path.resolve().name)
     device = present_device(args.device if args.device is not None else profile.device)
     if device.type != profile.device:
         raise CommandError(f"--device is {args.device}, profile {profile.name!r} is for {profile.device}; leave one of the two out")

@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from hetero_attn.backend import Backend
 from hetero_attn.collectives import rendezvous
 from hetero_attn.collectives.distributed import DistributedCommunicator
 from hetero_attn.communicator import Communicator, CommunicatorError, SoloCommunicator
@@ -95,7 +96,7 @@ def choose_communicator(profile: DeviceProfile, base: Communicator) -> tuple[Com
         elif name == BASE:
             return base, reasons
         else:
-            made = backends[name].communicator(base, profile)
+            made = _offer(backends[name], base, profile)
             willing = base.all_gather(torch.tensor([isinstance(made, Communicator)]), sizes=[1] * base.world_size).tolist()
             if all(willing):
                 return made, reasons
@@ -110,6 +111,17 @@ def choose_communicator(profile: DeviceProfile, base: Communicator) -> tuple[Com
         f"rank {base.rank} of {base.world_size}: no communicator of profile {profile.name!r} is common to all ranks ({lines}); "
         f"add {BASE!r} to communicators", rank=base.rank, operation="init_communicator",
     )
+
+
+def _offer(backend: Backend, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
+    """What the backend makes of base, or reasons; an exception is a reason too, since the other ranks wait for an answer."""
+    try:
+        made = backend.communicator(base, profile)
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    if isinstance(made, Communicator | list):
+        return made
+    return [f"its communicator() returned {made!r}, expected a Communicator or a list of reasons"]
 
 
 def _gather_names(base: Communicator, names: list[str]) -> list[list[str]]:

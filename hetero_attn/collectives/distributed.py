@@ -116,7 +116,7 @@ class DistributedCommunicator(Communicator):
         self._in_flight: deque[Any] = deque()
         self._error: CommunicatorError | None = None
         self._failing = threading.Lock()
-        self._closed = False
+        self._closed = self._left = False            # closed: takes no new call; left: the group is gone
         self._calls = 0
         self._now_doing = "outside any collective (none so far)"
         self._side_stream: Any = None
@@ -200,14 +200,14 @@ class DistributedCommunicator(Communicator):
     # ---- running ----------------------------------------------------------------------------------------------------------------
 
     def _run(self, plan: Plan) -> Any:
-        self._raise_if_broken()
+        self._raise_if_broken(self._closed)
         if self._thread.busy():                      # keep the order of issue: what was started before comes before
             return self._thread.submit(lambda: self._finish(plan)).wait()
         return self._finish(plan)
 
     def start(self, operation: str, *args: Any, **options: Any) -> Handle:
         plan = getattr(self, f"_plan_{operation}")(*args, **options)
-        self._raise_if_broken()
+        self._raise_if_broken(self._closed)
         while self._in_flight and self._in_flight[0].is_completed():
             self._in_flight.popleft()
         if self._exchange.is_native(plan.tensors[0]):
@@ -233,7 +233,7 @@ class DistributedCommunicator(Communicator):
 
     def _finish(self, plan: Plan, work: Any = None) -> Any:
         """Run the steps to their end, from `work` on where it is in flight already."""
-        self._raise_if_broken()
+        self._raise_if_broken(self._left and work is None)
         self._calls += 1
         self._now_doing = f"in {plan.text} (call {self._calls})"
         began = time.monotonic()
@@ -283,7 +283,7 @@ class DistributedCommunicator(Communicator):
 
     def await_signal(self, src: int = 0, *, site: str = "") -> None:
         check_rank("await_signal", "src", src, self.world_size)
-        self._raise_if_broken()
+        self._raise_if_broken(self._closed)
         self._signals[src] += 1
         key = f"signal/{src}"                        # a counter: the store answers add(key, 0) at once, and it never grows
         text = f"await_signal from rank {src}" + (f" at {site}" if site else "")
@@ -304,11 +304,11 @@ class DistributedCommunicator(Communicator):
         except RuntimeError as error:
             raise self._fail(text, error, began) from error
 
-    def _raise_if_broken(self) -> None:
+    def _raise_if_broken(self, too_late: bool) -> None:
         if self._error is not None:
             first = self._error
             raise CommunicatorError(str(first), rank=first.rank, operation=first.operation, missing=first.missing)
-        if self._closed:
+        if too_late:
             raise CommunicatorError(f"rank {self.rank} of {self.world_size}: the communicator has been closed", rank=self.rank)
 
     def _fail(self, text: str, error: Exception, began: float) -> CommunicatorError:
@@ -351,6 +351,7 @@ class DistributedCommunicator(Communicator):
             return
         self._closed = True
         self._settle(CLOSE_S)
+        self._left = True                            # what is queued still must not start on a later communicator's group
         self._roll_call.close()
         self._leave()
 

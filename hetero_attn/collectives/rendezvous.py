@@ -71,16 +71,16 @@ def open_store(env: World, timeout_s: float) -> dist.Store:
     if not port.isdigit():
         raise CommunicatorError(f"rank {env.rank}: MASTER_PORT is {port!r}, expected a port number; start the ranks with torchrun")
     from_agent = served_by_agent()
+    serves = env.rank == 0 and not from_agent
     options = {"timeout": timedelta(seconds=max(timeout_s, JOIN_S)), "wait_for_workers": False}
-    if not from_agent and env.rank == 0 and _is_loopback(address):
-        options["master_listen_fd"] = listen_on_loopback(int(port)).detach()
     number = next(_serial)
     try:
-        if from_agent or number == 0:
-            store = dist.TCPStore(address, int(port), None, env.rank == 0 and not from_agent, **options)
+        store = None if from_agent else _stores.get((address, port))
+        if store is None:
+            if serves and _is_loopback(address):
+                options["master_listen_fd"] = listen_on_loopback(int(port)).detach()
+            store = dist.TCPStore(address, int(port), None, serves, **options)
             _stores[address, port] = store           # rank 0's is the server, and serves the communicators made later too
-        else:
-            store = _stores[address, port]
     except (RuntimeError, OSError) as error:
         raise CommunicatorError(
             f"rank {env.rank} of {env.world_size}: cannot reach the store at {address}:{port} [{str(error).splitlines()[0]}]", rank=env.rank
@@ -96,20 +96,32 @@ def listen_on_loopback(port: int = 0) -> socket.socket:
     """A listening socket on 127.0.0.1. torch's stores listen on every interface unless they are given one."""
     server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind(("127.0.0.1", port))
-    server.listen(1024)
+    try:
+        server.bind(("127.0.0.1", port))
+        server.listen(1024)
+    except OSError:
+        server.close()
+        raise
     return server
 
 
 def exchange(store: dist.Store, env: World, key: str, value: str, timeout_s: float) -> list[str]:
     """Every rank's value under `key`, in rank order. Raises CommunicatorError naming the ranks that did not join in time."""
-    store.set(f"{key}/{env.rank}", value)
     deadline = time.monotonic() + timeout_s
     waiting = set(range(env.world_size))
     while True:
-        waiting = {rank for rank in waiting if not store.check([f"{key}/{rank}"])}
-        if not waiting:
-            return [store.get(f"{key}/{rank}").decode() for rank in range(env.world_size)]
+        try:
+            if env.rank in waiting:
+                store.set(f"{key}/{env.rank}", value)
+            waiting = {rank for rank in waiting if not store.check([f"{key}/{rank}"])}
+            if not waiting:
+                return [store.get(f"{key}/{rank}").decode() for rank in range(env.world_size)]
+        except RuntimeError as error:                # whoever serves the store has ended
+            server = "torchrun's agent" if served_by_agent() else "rank 0"
+            raise CommunicatorError(
+                f"rank {env.rank} of {env.world_size}: {server} is gone, and with it the store where the ranks meet "
+                f"[{str(error).splitlines()[0]}]", rank=env.rank, operation="init_communicator", missing=[] if served_by_agent() else [0],
+            ) from error
         if time.monotonic() > deadline:
             missing = sorted(waiting)
             raise CommunicatorError(

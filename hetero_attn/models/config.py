@@ -101,7 +101,8 @@ class ModelConfig:
         """Reads config.json (and the token ids of generation_config.json, which win). Raises ModelError."""
         path = Path(path)
         if not path.is_dir():
-            raise ModelError(f"model directory {path} does not exist; expected a folder with config.json and *.safetensors")
+            what = "is a file" if path.exists() else "does not exist"
+            raise ModelError(f"model directory {path} {what}; expected a folder with config.json and *.safetensors")
         keys = _read_json(path / "config.json")
         generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
         return cls.from_keys(keys, generation, path)

@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WINDOWS = ((0, 0), (7, -1), (-1, 7), (3, 5), (0, -1), (-1, 0), (100, 100), (2, 0))
 HEAD_DIMS = ((32, 32), (64, 64), (80, 80), (128, 128), (256, 256), (72, 72), (96, 96), (40, 40), (1, 1), (13, 13),
              (64, 32), (64, 128), (192, 128), (32, 1), (40, 72))
-HEADS = ((1, 1), (4, 4), (8, 2), (4, 1), (6, 3), (7, 1))
+HEADS = ((1, 1), (4, 4), (8, 2), (4, 1), (6, 3), (7, 1), (40, 8))
 LENGTHS = ((1, 1), (2, 3), (3, 2), (1, 64), (1, 127), (63, 63), (64, 65), (65, 64), (127, 128), (128, 129), (129, 127), (17, 131),
            (131, 17), (0, 5), (5, 0), (0, 0), (1, 0), (128, 1))
 ALL_KINDS = ((5, 5), (1, 37), (0, 7), (33, 20), (7, 0), (0, 0), (16, 16))       # every way a sequence can be empty or unequal
@@ -183,6 +183,10 @@ def _memory() -> Iterator[AttentionCase]:
         yield AttentionCase(f"memory-{memory}-{layout}-operands", memory=memory, layout=layout, q_len=23, alibi=2, mask="bias",
                             sinks=torch.float32)
         yield AttentionCase(f"memory-{memory}-{layout}-decode", memory=memory, layout=layout, q_len=1, mask="random", mask_axes="b11k")
+    for q_len, layout in product((23, 1), ("bhsd", "bshd")):
+        yield AttentionCase(f"memory-mixed-{layout}-{q_len}x23", memory="mixed", layout=layout, q_len=q_len, kv_len=23, kv_heads=4)
+    yield AttentionCase("varlen-memory-mixed", memory="mixed", sequences=PREFILL, kv_heads=4, is_causal=True)
+    yield AttentionCase("paged-memory-mixed", memory="mixed", sequences=ALL_KINDS, page_size=16, kv_heads=4, is_causal=True)
     for memory in ("sliced", "interleaved", "unaligned", "transposed"):
         yield AttentionCase(f"memory-{memory}-head_dim-40", memory=memory, q_len=23, head_dim=40, v_head_dim=72)
 
@@ -241,6 +245,8 @@ def _paged() -> Iterator[AttentionCase]:
     for feature, options in VARLEN_FEATURES.items():
         yield AttentionCase(f"paged-16-{feature}", sequences=ALL_KINDS, page_size=16, lse="always", **options)
         yield AttentionCase(f"paged-16-{feature}-decode", sequences=DECODE, page_size=16, slack=2, **options)
+    for page_size in (32, 64):                          # what profiles ask for
+        yield AttentionCase(f"paged-{page_size}", sequences=((1, 130), (3, 64), (7, 7)), page_size=page_size, is_causal=True)
     yield AttentionCase("paged-slack", sequences=ALL_KINDS, page_size=3, slack=50, is_causal=True)
     yield AttentionCase("paged-exactly-full", sequences=((1, 16), (1, 32), (16, 48)), page_size=16, is_causal=True)
     yield AttentionCase("paged-all-empty", sequences=((1, 0), (2, 0), (0, 0)), page_size=16, lse="always")

@@ -53,7 +53,7 @@ class AttentionCase:
     memory: str = "contiguous"                          # of every tensor in the call, see memory.py
     contents: str = "normal"
     poison: str = ""                                    # nan or inf: written into keys and values that some rows must not touch
-    lse: str = "offered"                                # always, never, or offered: asked for where the backend has it
+    lse: str = "offered"                                # always, never, or offered (where the backend has it); tried without it too
     gradients: tuple[str, ...] = ()                     # arguments that require a gradient
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class AttentionCase:
             numbers[name] = x if self.layout == "bshd" else x.transpose(1, 2).contiguous()
         if self.page_size:
             tables["block_table"] = self._with_garbage(tables["block_table"])
-        tensors = {name: placed(x, self.memory, device, head_axis=_head_axis(self, name)) for name, x in (numbers | tables).items()}
+        tensors = {name: placed(x, self.memory, device, _head_axis(self, name), name) for name, x in (numbers | tables).items()}
         for name in self.gradients:
             tensors[name].requires_grad_()
         lengths = {"layout": self.layout}

@@ -162,6 +162,7 @@ def misuse_is_refused(communicator: Communicator) -> str | None:
         ("all_reduce_rms_norm", ValueError, "weight", (norm[0], norm[1], torch.ones(7), 1e-5), {"site": "a"}),
         ("all_reduce_rms_norm", ValueError, "residual_shard", (norm[0], torch.zeros(rows + 1, 8), norm[2], 1e-5), {"site": "a"}),
         ("all_reduce_rms_norm", TypeError, "x", (norm[0].long(), norm[1], norm[2], 1e-5), {"site": "a"}),
+        ("all_reduce_rms_norm", TypeError, "x", (norm[0].to(torch.float8_e4m3fn), norm[1], norm[2], 1e-5), {"site": "a"}),
     ]
     tried = [
         (form + operation, kind, named, functools.partial(getattr(communicator, form + operation), *args, **options))

@@ -6,16 +6,19 @@ strides shows it in the result.
 
 import torch
 
-MEMORIES = ("contiguous", "transposed", "sliced", "interleaved", "unaligned", "expanded")
+MEMORIES = ("contiguous", "transposed", "sliced", "interleaved", "unaligned", "expanded", "mixed")
+MIXED = {"q": "sliced", "k": "contiguous", "v": "transposed"}            # what "mixed" means for each; contiguous for operands
 
 
-def placed(x: torch.Tensor, memory: str, device: str, head_axis: int | None = None) -> torch.Tensor:
+def placed(x: torch.Tensor, memory: str, device: str, head_axis: int | None = None, name: str = "") -> torch.Tensor:
     """A new tensor on `device` that equals `x` and lies in the asked memory.
 
     contiguous; transposed: the last but one axis is the outermost in memory; sliced: a corner of a larger tensor, unit stride
     in the last axis; interleaved: stride 2 in the last axis; unaligned: contiguous from one element after an allocation's start;
-    expanded: stride 0 along `head_axis`, along which x must repeat (contiguous where head_axis is None).
+    expanded: stride 0 along `head_axis`, along which x must repeat (contiguous where head_axis is None); mixed: q, k and v
+    (`name`) each in another one, as a key out of a rotary embedding and a value that is a view are.
     """
+    memory = MIXED.get(name, "contiguous") if memory == "mixed" else memory
     x = x.detach().to(device)
     if memory == "transposed" and x.dim() >= 2:
         return x.movedim(-2, 0).contiguous().clone().movedim(0, -2)
