@@ -164,13 +164,17 @@ class Communicator:
         The bias counts ONCE: rank 0's joins the sum, what other ranks pass is ignored. So row-parallel layers may keep
         their bias on rank 0 only, or on every rank. K_local may differ between ranks and may be 0.
         """
+        return self.all_reduce(self._partial(x, weight, bias), site=site)
+
+    def _partial(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """This rank's summand of linear_all_reduce, made where the all-reduce takes it without a copy."""
         check_tensor("linear_all_reduce", "x", x)
         check_tensor("linear_all_reduce", "weight", weight)
         if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
             raise ValueError(f"linear_all_reduce: x {list(x.shape)} and weight {list(weight.shape)}, expected x [..., K] and weight [C, K]")
         out = self.empty((*x.shape[:-1], weight.shape[0]), x.dtype)                                    # [..., C]
         self.linear(x, weight, bias if self.rank == 0 else None, out=out)
-        return self.all_reduce(out, site=site)
+        return out
 
     def all_reduce_rms_norm(
         self,
@@ -220,6 +224,15 @@ class Communicator:
 
     def start_broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> Handle:
         return self.start("broadcast", x, src, site=site)
+
+    def start_linear_all_reduce(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, site: str
+    ) -> Handle:
+        """The product is made now, by the calling thread or stream; the sum is what goes on meanwhile."""
+        return self.start("all_reduce", self._partial(x, weight, bias), site=site)
+
+    def start_barrier(self, *, site: str = "") -> Handle:
+        return self.start("barrier", site=site)
 
     def start_all_reduce_rms_norm(
         self,

@@ -60,6 +60,8 @@ def test_text_on_stdout_and_everything_else_on_stderr(run, texts):
     assert "loading weights: " in err and "12 tokens, first token after" in err and "tokens/s" in err
     assert run("--prompt", "Hello", "--no-stream")[1] == out
     assert run("--prompt", "Hello", "--echo")[1] == "Hello" + out
+    code, _, err = run("--prompt", "Hello", "--echo", "--json")
+    assert code == 2 and "leave it out with --json" in err
 
 
 def test_several_prompts_come_in_order_under_headings(run, texts, tmp_path):

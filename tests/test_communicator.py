@@ -81,6 +81,8 @@ def in_ranks(communicator):
     done = {"composed": collectives._whole_suite(Composed(communicator))}
     done["faults"] = {fault: collectives.check_case(Faulty(communicator, fault), case) for fault, case in FAULTS.items()}
     done["gather"] = _refused(lambda: communicator.all_gather(torch.ones(2, 3 + communicator.rank)))
+    mixed = torch.ones(2, dtype=torch.bfloat16 if communicator.rank else torch.float16)
+    done["gather dtypes"] = _refused(lambda: communicator.all_gather(mixed))
     done["after"] = communicator.all_reduce(torch.ones(2)).tolist()
     done["second"] = _second(communicator)
     done["choices"] = _choices(communicator)
@@ -197,6 +199,8 @@ def test_the_suite_sees_a_seeded_fault(ranks, fault):
 def test_all_gather_of_unlike_shapes_is_refused_by_every_rank_and_breaks_nothing(ranks):
     for done in ranks:
         assert "ValueError: all_gather" in done["gather"] and "[2, 3]" in done["gather"] and "[2, 4]" in done["gather"]
+        assert "ValueError: all_gather" in done["gather dtypes"]
+        assert "torch.float16" in done["gather dtypes"] and "torch.bfloat16" in done["gather dtypes"]
         assert done["after"] == [WORLD_SIZE, WORLD_SIZE]
 
 

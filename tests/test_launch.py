@@ -207,3 +207,16 @@ def test_a_rank_failure_survives_pickling():
     failure = pickle.loads(pickle.dumps(RankFailure(3, "ended by SIGKILL", "text")))
     assert (failure.rank, failure.reason, failure.traceback) == (3, "ended by SIGKILL", "text")
     assert str(failure) == "rank 3 failed: ended by SIGKILL"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
+def test_the_folder_of_a_launcher_that_was_killed_is_swept_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = {f"{launch.FOLDER}{gone.pid}-abc": False, f"{launch.FOLDER}{os.getpid()}-abc": True, f"{launch.FOLDER}mine": True}
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pid.0").write_text("1")
+    launch.sweep_abandoned()
+    assert {name: (tmp_path / name).exists() for name in names} == names

@@ -101,7 +101,7 @@ def choose_communicator(profile: DeviceProfile, base: Communicator) -> tuple[Com
             if all(willing):
                 return made, reasons
             if isinstance(made, Communicator):       # ours would work, another rank's does not: drop it, keep the base
-                made.base = None
+                made.base = Communicator(base.rank, base.world_size)     # its close() closes what it wraps, which we go on with
                 made.close()
                 made = [f"rank {', '.join(str(rank) for rank, yes in enumerate(willing) if not yes)} objects"]
             reasons[name] = made

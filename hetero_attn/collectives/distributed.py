@@ -141,7 +141,7 @@ class DistributedCommunicator(Communicator):
         return self._run(self._plan_reduce_scatter(x, site=site))
 
     def barrier(self, *, site: str = "") -> None:
-        self._run(self._plan_all_reduce(torch.zeros(1, dtype=torch.int64), site=site, name="barrier"))
+        self._run(self._plan_barrier(site=site))
 
     def all_reduce_rms_norm(
         self,
@@ -161,6 +161,9 @@ class DistributedCommunicator(Communicator):
         check_tensor(name, "x", x, written=True)
         check_sum(name, x)
         return Plan(_text(name, x, site), self._exchange.all_reduce(x), self._exchange.is_single(x), (x,))
+
+    def _plan_barrier(self, *, site: str = "") -> Plan:
+        return self._plan_all_reduce(torch.zeros(1, dtype=torch.int64), site=site, name="barrier")
 
     def _plan_all_gather(self, x: torch.Tensor, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> Plan:
         check_tensor("all_gather", "x", x)

@@ -21,6 +21,7 @@ GLOO_SUMS = frozenset({torch.float32, torch.float64, torch.uint8, torch.int8, to
 WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 # Up to this many gathered elements a 16-bit sum gathers everything: one collective's latency instead of two.
 ONE_SHOT_ELEMENTS = 1 << 16
+DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)     # as they travel: by number
 MAX_DIMS = 14
 
 # torch 2.13 renamed these two and warns about the old names; both take one flat output or input tensor.
@@ -136,14 +137,14 @@ class Exchange:
         return parts
 
     def _exchange_sizes(self, x: torch.Tensor, dim: int) -> Steps:
-        """Every rank's extent of `dim`. ValueError, on every rank alike, when their other axes or their dtypes' widths differ."""
+        """Every rank's extent of `dim`. ValueError, on every rank alike, when their other axes or their dtypes differ."""
         own = torch.zeros(MAX_DIMS + 3, dtype=torch.int64)
-        own[:3] = torch.tensor([x.dim(), dim, x.element_size()])
+        own[:3] = torch.tensor([x.dim(), dim, DTYPES.index(x.dtype)])
         own[3 : 3 + x.dim()] = torch.tensor(x.shape)
         rows = (yield from self._gather_flat(own, [own.numel()] * self.world_size)).tolist()
         others = [[*row[: 3 + row[1]], *row[4 + row[1] :]] for row in rows]
         if any(other != others[0] for other in others):
-            shapes = ", ".join(f"{row[3:3 + row[0]]} (dim {row[1]}, {row[2]} bytes an element)" for row in rows)
+            shapes = ", ".join(f"{row[3:3 + row[0]]} (dim {row[1]}, {DTYPES[row[2]]})" for row in rows)
             raise ValueError(f"all_gather: the ranks' tensors are {shapes}; expected them to differ in dim only")
         return [row[3 + row[1]] for row in rows]
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -44,6 +45,7 @@ from hetero_attn.parallel.rank_watch import RankWatch
 # What the launcher turns into an orderly end. SIGINT is not among them and stays Python's KeyboardInterrupt.
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 PR_SET_PDEATHSIG = 1
+FOLDER = "hetero-attn-ranks-"                        # + the launching process, + a random end
 
 
 class RankFailure(RuntimeError):
@@ -85,7 +87,8 @@ def run_ranks(
         raise TypeError(f"run_ranks: fn is {fn!r}, which new processes cannot import; pass a top-level function") from error
     threads = threads or max(1, (os.cpu_count() or 1) // world_size)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero-attn-ranks-")))
+        sweep_abandoned()
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-")))
         stack.enter_context(_quiet_launcher())
         stack.enter_context(_environment({"OMP_NUM_THREADS": str(threads), **(env or {})}))
         watch = stack.enter_context(RankWatch(folder, world_size, timeout_s))
@@ -116,6 +119,14 @@ def run_ranks(
 def _signal_option() -> dict[str, str]:
     """The launcher of older torch has no choice of signals; it takes SIGINT too, which then comes back by way of `caught`."""
     return {"signals_to_handle": ",".join(SIGNALS)} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
+
+
+def sweep_abandoned() -> None:
+    """Remove the folders of earlier launchers that SIGKILL ended: they are named after their process, which is gone (Linux)."""
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        owner = path.name.removeprefix(FOLDER).partition("-")[0]
+        if sys.platform == "linux" and owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(path, ignore_errors=True)                    # another user's stays
 
 
 def _run_rank(call: tuple) -> bytes:

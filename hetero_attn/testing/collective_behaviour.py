@@ -68,6 +68,20 @@ def many_in_flight(communicator: Communicator) -> str | None:
     return None
 
 
+def linear_and_barrier_in_flight(communicator: Communicator) -> str | None:
+    """The asynchronous row-parallel linear gives the synchronous one's bits, with barriers started in between."""
+    x = torch.arange(15.0, device=communicator.device).view(5, 3) + communicator.rank                    # [T, K]
+    weight, bias = torch.arange(12.0, device=communicator.device).view(4, 3) - communicator.rank, torch.ones(4, device=communicator.device)
+    handles = []
+    for _ in range(4):
+        handles.append(communicator.start_linear_all_reduce(x, weight, bias, site="a"))
+        communicator.start_barrier(site="a").wait()
+    expected = communicator.linear_all_reduce(x, weight, bias, site="a")
+    if not all(torch.equal(handle.wait(), expected) for handle in handles):
+        return f"start_linear_all_reduce gave {handles[0].wait().tolist()}, linear_all_reduce {expected.tolist()}"
+    return None
+
+
 def synchronous_after_started(communicator: Communicator) -> str | None:
     """A synchronous call may be made while others are in flight; all ranks issue in program order."""
     for turn in range(10):
@@ -185,7 +199,8 @@ def misuse_is_refused(communicator: Communicator) -> str | None:
 BEHAVIOURS: dict[str, Callable[[Communicator], str | None]] = {
     check.__name__: check
     for check in (
-        rows_cover_every_token, empty_gives_a_usable_buffer, many_in_flight, synchronous_after_started, handles_may_be_dropped,
-        shapes_change_from_call_to_call, inference_mode, fused_equals_unfused, barriers_and_signals, misuse_is_refused,
+        rows_cover_every_token, empty_gives_a_usable_buffer, many_in_flight, linear_and_barrier_in_flight, synchronous_after_started,
+        handles_may_be_dropped, shapes_change_from_call_to_call, inference_mode, fused_equals_unfused, barriers_and_signals,
+        misuse_is_refused,
     )
 }
