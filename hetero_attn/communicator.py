@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hetero_attn.collective_arguments import check_dim, check_rank, check_rows, check_sizes, check_sum, check_tensor
 from hetero_attn.norm import rms_norm
 from hetero_attn.product import linear
 
@@ -56,21 +57,6 @@ def shard_counts(world_size: int, total: int) -> list[int]:
     """How many of `total` rows each rank owns, in rank order."""
     base, extra = divmod(total, world_size)
     return [base + (rank < extra) for rank in range(world_size)]
-
-
-def check_tensor(operation: str, argument: str, value: Any, *, written: bool = False) -> None:
-    """Refuse what no collective can take: TypeError for a non-tensor, ValueError for one that autograd is recording.
-
-    `written`: the operation writes into the tensor, so its elements must not share memory (an expanded tensor's do).
-    """
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{operation}: {argument} is {type(value).__name__}, expected a torch.Tensor")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{operation}: {argument} has layout {value.layout}, expected a dense (strided) tensor")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{operation}: {argument} requires grad, and collectives carry no gradient; call it under torch.no_grad()")
-    if written and any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
-        raise ValueError(f"{operation}: {argument} {list(value.shape)} is expanded and cannot be written in place; pass a clone()")
 
 
 class Communicator:
@@ -296,39 +282,6 @@ class Communicator:
         return self.base
 
 
-SUMMABLE = frozenset({
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
-    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
-})
-
-
-def check_sum(operation: str, x: torch.Tensor) -> None:
-    """Raise TypeError for a dtype whose sum is not defined (bool, 8-bit floats)."""
-    if x.dtype not in SUMMABLE:
-        raise TypeError(f"{operation}: x is {x.dtype}, which has no sum here; cast it, to torch.int32 or torch.float32 for example")
-
-
-def check_rows(operation: str, x: torch.Tensor) -> None:
-    """Raise ValueError for a scalar where rows are needed."""
-    if x.dim() < 1:
-        raise ValueError(f"{operation}: x is a scalar, expected rows [T, ...]")
-
-
-def check_rank(operation: str, argument: str, value: int, world_size: int) -> None:
-    """Raise TypeError or ValueError unless value is a rank of the group."""
-    if not isinstance(value, int):
-        raise TypeError(f"{operation}: {argument} is {type(value).__name__}, expected an int")
-    if not 0 <= value < world_size:
-        raise ValueError(f"{operation}: {argument} is {value}, expected a rank of 0 .. {world_size - 1}")
-
-
-def check_dim(operation: str, x: torch.Tensor, dim: int) -> int:
-    """The axis `dim` of x counted from the front; raises ValueError for a scalar or an axis that x does not have."""
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"{operation}: dim is {dim}, expected an axis of x {list(x.shape)}")
-    return dim % x.dim()
-
-
 def add_and_norm(
     shard: torch.Tensor,
     residual_shard: torch.Tensor,
@@ -378,9 +331,3 @@ class SoloCommunicator(Communicator):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.check_norm_arguments(x, residual_shard, weight, post_weight)
         return add_and_norm(x, residual_shard, weight, eps, weight_offset, post_weight), residual_shard
-
-
-def check_sizes(operation: str, sizes: Sequence[int] | None, own: int, rank: int, world_size: int) -> None:
-    """Raise ValueError unless `sizes` (when given) has one extent per rank and this rank's agrees with its tensor."""
-    if sizes is not None and (len(sizes) != world_size or sizes[rank] != own):
-        raise ValueError(f"{operation}: sizes is {list(sizes)}, expected {world_size} extents with {own} for rank {rank}")

@@ -20,20 +20,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from hetero_attn.collective_arguments import check_dim, check_rank, check_rows, check_sizes, check_sum, check_tensor
 from hetero_attn.collectives.background import CommunicationThread
 from hetero_attn.collectives.exchange import MAX_DIMS, Exchange, Steps
 from hetero_attn.collectives.liveness import RollCall
-from hetero_attn.communicator import (
-    Communicator,
-    CommunicatorError,
-    Handle,
-    check_dim,
-    check_rank,
-    check_rows,
-    check_sizes,
-    check_sum,
-    check_tensor,
-)
+from hetero_attn.communicator import Communicator, CommunicatorError, Handle
 
 CLOSE_S = 3.0                                        # close() waits no longer than this for what is in flight
 
