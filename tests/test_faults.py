@@ -111,6 +111,20 @@ def test_waiting_for_a_signal_ends_with_its_source(monkeypatch, tmp_path):
     assert seen[0]["missing"] == [1] and "await_signal from rank 1" in seen[0]["text"]
 
 
+def stall():
+    communicator = init_communicator("cpu", timeout_s=TIMEOUT_S)
+    communicator.all_reduce(torch.ones(64))
+    if communicator.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    communicator.all_reduce(torch.ones(64), site=SITE)
+
+
+def test_the_launcher_names_the_rank_that_stopped_and_not_the_one_that_noticed():
+    with pytest.raises(RankFailure, match="rank 1 failed: it does not answer; CommunicatorError: rank 0 of 2: all_reduce") as caught:
+        run_ranks(stall, (), 2, timeout_s=60)
+    assert caught.value.rank == 1
+
+
 def loop(folder):
     communicator = init_communicator("cpu", timeout_s=20)
     Path(folder, str(communicator.rank)).write_text(str(os.getpid()))

@@ -145,7 +145,10 @@ def _run_rank(call: tuple) -> bytes:
         if isinstance(error, SystemExit) and not error.code:
             return pickle.dumps(None)
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        failure = {"rank": rank, "time": time.time(), "kind": type(error).__name__, "text": text, "traceback": traceback.format_exc()}
+        failure = {
+            "rank": rank, "time": time.time(), "kind": type(error).__name__, "text": text, "traceback": traceback.format_exc(),
+            "missing": getattr(error, "missing", []),
+        }
         part = Path(folder) / f"failure.{rank}.part"
         part.write_text(json.dumps(failure))
         part.rename(part.with_suffix(".json"))
@@ -172,6 +175,8 @@ def _first_failure(error: ChildFailedError, folder: Path, watch: RankWatch) -> R
     if written:
         # A rank that leaves on an error closes its connections first, so a peer may write down its loss a moment before.
         first = min(written, key=lambda entry: (entry["kind"] == "CommunicatorError", entry["time"]))
+        if first["missing"]:                         # it tells of another: that one is the culprit, and cannot speak for itself
+            return RankFailure(first["missing"][0], f"it does not answer; {first['text']}", first["traceback"])
         return RankFailure(first["rank"], first["text"], first["traceback"])
     return RankFailure(rank, f"exited with code {failure.exitcode}")
 
