@@ -42,5 +42,6 @@ def composed_attention(
     total = weights.sum(-1)
     if sinks is not None:
         total = total + torch.exp(sinks - top)
-    out = torch.matmul(weights.view(*folded, Skv), v).view(B, Hq, Sq, v.shape[-1])
+    weights = weights.reshape(*folded, Skv)                             # (a copy where a transposed mask has lent its strides)
+    out = torch.matmul(weights, v).view(B, Hq, Sq, v.shape[-1])
     return out / torch.where(total == 0, 1.0, total)[..., None], top + total.detach().log()

@@ -268,6 +268,8 @@ def _gradients() -> Iterator[AttentionCase]:
     yield AttentionCase("gradients-no-keys", gradients=qkv, q_len=5, kv_len=0)
     for memory in ("transposed", "sliced", "interleaved", "unaligned", "expanded"):
         yield AttentionCase(f"gradients-memory-{memory}", gradients=qkv, memory=memory, **small, is_causal=True)
+    for mask in ("random", "bias"):
+        yield AttentionCase(f"gradients-memory-transposed-{mask}", gradients=qkv, mask=mask, memory="transposed", **small)
     yield AttentionCase("gradients-bias", gradients=("attn_mask",), mask="bias", **small)
     yield AttentionCase("gradients-bias-broadcast", gradients=(*qkv, "attn_mask"), mask="bias -inf", mask_axes="1hqk", **small)
     yield AttentionCase("gradients-mask-min", gradients=qkv, mask="bias min", lse="never", **small)
