@@ -120,7 +120,7 @@ def test_directories_without_a_usable_tokenizer(tmp_path):
         Tokenizer.from_dir(tmp_path)
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ModelError, match="expected an object"):
+    with pytest.raises(ModelError, match="expected a JSON object"):
         Tokenizer.from_dir(tmp_path)
 
 
@@ -195,3 +195,13 @@ def test_stop_strings_cut_where_a_slow_search_would(pieces, stops):
             assert shown == so_far[: len(so_far) - held]
     assert (stop_filter.matched is not None) == stopped
     assert shown + stop_filter.flush() == expected
+
+
+@pytest.mark.parametrize("fault", ["deep", "directory"])
+def test_a_side_file_that_cannot_be_read_is_one_line(tmp_path, fault):
+    write_tokenizer(tmp_path, byte_level())
+    side = tmp_path / "special_tokens_map.json"
+    side.unlink(missing_ok=True)
+    side.mkdir() if fault == "directory" else side.write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"special_tokens_map\.json cannot be read"):
+        Tokenizer.from_dir(tmp_path)

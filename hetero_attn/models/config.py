@@ -103,8 +103,8 @@ class ModelConfig:
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise ModelError(f"model directory {path} {what}; expected a folder with config.json and *.safetensors")
-        keys = _read_json(path / "config.json")
-        generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
+        keys = read_json(path / "config.json")
+        generation = read_json(path / "generation_config.json", optional=True)
         return cls.from_keys(keys, generation, path)
 
     @classmethod
@@ -191,12 +191,17 @@ class _Keys(dict):
         return float(value)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of a model's directory; {} for an `optional` one that is not there. Raises ModelError for all else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if optional:
+            return {}
         raise ModelError(f"{file} does not exist; expected a Hugging Face model directory with config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds {type(content).__name__}, expected a JSON object")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hetero_attn.models.batch import Batch, Sequence
-from hetero_attn.models.config import ModelError
+from hetero_attn.models.config import ModelError, read_json
 from hetero_attn.models.control import Driver, serve
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.text_stream import StopFilter, StreamingDecoder
@@ -278,16 +277,7 @@ def tokenizer_of(model, *, needed: bool) -> Tokenizer | None:
 
 def generation_config(path: str | Path) -> dict:
     """The content of generation_config.json, {} where there is none. Raises ModelError when it is not a JSON object."""
-    file = Path(path) / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds {type(content).__name__}, expected a JSON object")
-    return content
+    return read_json(Path(path) / "generation_config.json", optional=True)
 
 
 def _cache_tokens(sequences: SequenceOf[Sequence], max_batch: int, asked: int | None) -> int:

@@ -7,7 +7,6 @@ the file do not apply, and the named special tokens count as special. No weights
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import tokenizers
 
 from hetero_attn.models.chat_template import ChatTemplate, find_chat_template
-from hetero_attn.models.config import ModelError
+from hetero_attn.models.config import ModelError, read_json
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONTEXT_TOKENS = 8          # a prompt's last tokens that a continuation is decoded with
@@ -55,8 +54,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:        # the library raises bare Exception for whatever is wrong with the file
             raise ModelError(f"{file} is not a tokenizer that tokenizers {tokenizers.__version__} can read: {error}") from error
-        config = _json_object(folder / "tokenizer_config.json")
-        special = _special_tokens(_json_object(folder / "special_tokens_map.json")) | _special_tokens(config)
+        config = read_json(folder / "tokenizer_config.json", optional=True)
+        special = _special_tokens(read_json(folder / "special_tokens_map.json", optional=True)) | _special_tokens(config)
         return cls(backend, special, chat_template=find_chat_template(folder, config))
 
     @cached_property
@@ -115,19 +114,6 @@ class Tokenizer:
 
     def _special_id(self, name: str) -> int | None:
         return self._id(self.special[name]) if name in self.special else None
-
-
-def _json_object(path: Path) -> dict:
-    """The JSON object in path, {} where there is no such file. Raises ModelError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _special_tokens(config: Mapping) -> dict[str, str]:
