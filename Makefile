@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch schema table wheel clean
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu schema table build wheel wheel-prebuilt clean
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -26,6 +26,10 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.run
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
 setup-run: $(VENV)/.run    ## a virtual environment that runs the project
@@ -46,14 +50,23 @@ lint: $(VENV)/.dev         ## ruff
 bench-dispatch: $(VENV)/.dev   ## what a call costs beyond the kernel (bound: 10 us)
 	$(BIN)/python benchmarks/dispatch.py
 
+bench-cpu: $(VENV)/.bench      ## the cpu backend beside its peers and the machine's limits (8 minutes; BENCH="--quick --only linear")
+	$(BIN)/python benchmarks/cpu_attention.py $(BENCH)
+
 schema: $(VENV)/.run       ## rewrite configs/profile.schema.json from the dataclasses
 	$(BIN)/python -m hetero_attn.profile_schema --write
 
 table: $(VENV)/.run        ## rewrite README.md's table of backends and features from the code
 	$(BIN)/python -m hetero_attn.testing.feature_table --write README.md
 
+build: $(VENV)/.run        ## compile the native kernels this machine will use (otherwise: on first use)
+	$(BIN)/hetero-attn build
+
 wheel: $(VENV)/.dev        ## build a wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+wheel-prebuilt: $(VENV)/.dev   ## the same with the native kernels compiled into it, for machines without a compiler
+	HETERO_ATTN_PREBUILD=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
 clean:             ## remove the virtual environment and what was built
 	rm -rf $(VENV) dist .pytest_cache .hypothesis .ruff_cache

@@ -16,6 +16,7 @@ from hetero_attn.spec import AttentionSpec, Operands
 
 if TYPE_CHECKING:
     from hetero_attn.communicator import Communicator
+    from hetero_attn.jit import Kernel
     from hetero_attn.profile import DeviceProfile
 
 
@@ -55,6 +56,12 @@ class Backend:
         """(optional) What the user should know about a call that runs: a slow route, for example. Shown by explain."""
         return []
 
+    def notes(self) -> list[str]:
+        """(optional) What the user should know of this backend on this machine, whatever the call: which of its kernels serve, and what they
+        have been verified on. Asked only where it is available; shown by `hetero-attn doctor`.
+        """
+        return []
+
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -74,6 +81,13 @@ class Backend:
         backend of the profile that is available and defines one; this default is torch's.
         """
         return linear(x, weight, bias, out)
+
+    def kernels(self) -> list[Kernel]:
+        """(optional) Every native kernel of this backend that a compiler for this processor family can build, whether or not this machine
+        will use it: `used_here` says that, `arch` is the label ('avx2'). `hetero-attn build` and prebuilt wheels go by this list, so it
+        touches no device and compiles nothing. At run time a backend calls Kernel.load() and turns a BuildError into a reason.
+        """
+        return []
 
     def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
         """(optional) A communicator that wraps `base`, the torch.distributed one; or the reasons why there is none."""

@@ -97,15 +97,23 @@ def _backend(name: str, profile) -> dict:
     """One backend: does a tiny attention call work on it here, for the profile's device if that is here, else on the CPU."""
     from hetero_attn import registry
 
-    reasons = registry.unavailable(registry.find(name))
+    backend = registry.find(name)
+    reasons = registry.unavailable(backend)
     absent = name not in registry.names()
     probed_on = None
     if not reasons and not absent:
         probed_on, reasons = _probe(name, profile.device)
     return {
         "name": name, "listed": name in profile.backends, "absent": absent, "runs_here": not reasons and not absent,
-        "probed_on": probed_on, "reasons": list(reasons),
+        "probed_on": probed_on, "reasons": list(reasons), "notes": [] if reasons or absent else _notes(backend),
     }
+
+
+def _notes(backend) -> list[str]:
+    try:
+        return list(backend.notes())
+    except Exception as error:
+        return [f"its notes() failed: {type(error).__name__}: {error}"]
 
 
 def _probe(name: str, device: str) -> tuple[str, list[str]]:
@@ -170,7 +178,7 @@ def as_text(report: dict) -> str:
         state = "absent" if backend["absent"] else "does not run here"
         if backend["runs_here"]:
             state = f"runs here ({backend['probed_on']}){listed}"
-        texts = [state if not backend["reasons"] else f"{state}: {backend['reasons'][0]}", *backend["reasons"][1:]]
+        texts = [state if not backend["reasons"] else f"{state}: {backend['reasons'][0]}", *backend["reasons"][1:], *backend["notes"]]
         lines += [f"  {backend['name'] if i == 0 else '':<{width}}  {text}" for i, text in enumerate(texts)]
     lines += ["", "communicators"]
     for communicator in report["communicators"]:

@@ -10,8 +10,10 @@ import os
 import sys
 import traceback
 
+from hetero_attn.artifacts import CacheError
 from hetero_attn.backend import UnsupportedError
 from hetero_attn.communicator import CommunicatorError
+from hetero_attn.jit import BuildError
 from hetero_attn.models.config import ModelError
 from hetero_attn.models.sampling import LogitsError
 from hetero_attn.profile import ProfileError
@@ -29,7 +31,7 @@ class CommandFailed(RuntimeError):
 
 
 REFUSED = (CommandError, ModelError, ProfileError, UnknownBackendError, UnsupportedError)
-BROKE = (CommandFailed, CommunicatorError, LogitsError, MemoryError)
+BROKE = (BuildError, CacheError, CommandFailed, CommunicatorError, LogitsError, MemoryError)
 
 
 def one_line(error: BaseException) -> str:
