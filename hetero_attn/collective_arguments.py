@@ -15,6 +15,10 @@ SUMMABLE = frozenset({
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
 })
 
+# How a tensor's shape travels where ranks' shapes may differ: int64 words, the dtype by number.
+DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+MAX_DIMS = 14
+
 
 def check_tensor(operation: str, argument: str, value: Any, *, written: bool = False) -> None:
     """Refuse what no collective can take: TypeError for a non-tensor, ValueError for one that autograd is recording.
@@ -62,3 +66,26 @@ def check_sizes(operation: str, sizes: Sequence[int] | None, own: int, rank: int
     """Raise ValueError unless `sizes` (when given) has one extent per rank and this rank's agrees with its tensor."""
     if sizes is not None and (len(sizes) != world_size or sizes[rank] != own):
         raise ValueError(f"{operation}: sizes is {list(sizes)}, expected {world_size} extents with {own} for rank {rank}")
+
+
+def shape_record(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """What a rank tells the others of its x before an all_gather along `dim` of unknown sizes: [MAX_DIMS + 3] int64.
+
+    Raises ValueError for more than MAX_DIMS axes.
+    """
+    if x.dim() > MAX_DIMS:
+        raise ValueError(f"all_gather: x has {x.dim()} axes, expected at most {MAX_DIMS}")
+    own = [x.dim(), dim, DTYPES.index(x.dtype), *x.shape]
+    return torch.tensor(own + [0] * (MAX_DIMS + 3 - len(own)), dtype=torch.int64, device="cpu")
+
+
+def agreed_sizes(records: Sequence[Sequence[int]]) -> list[int]:
+    """Every rank's extent of `dim`, from all ranks' shape records.
+
+    Raises ValueError, on every rank alike, when their other axes or their dtypes differ.
+    """
+    others = [[*row[: 3 + row[1]], *row[4 + row[1] :]] for row in records]
+    if any(other != others[0] for other in others):
+        shapes = ", ".join(f"{list(row[3:3 + row[0]])} (dim {row[1]}, {DTYPES[row[2]]})" for row in records)
+        raise ValueError(f"all_gather: the ranks' tensors are {shapes}; expected them to differ in dim only")
+    return [row[3 + row[1]] for row in records]

@@ -78,6 +78,9 @@ class Communicator:
         self.base = base
         # A backend's own linear, with Backend.linear's signature; the decoder puts its profile's here.
         self.linear: Callable[..., torch.Tensor] = linear
+        self.timeout_s: float = float("inf") if base is None else base.timeout_s       # the longest a collective waits for a peer
+        self.failure: CommunicatorError | None = None     # the first failure of any collective; the group is broken from then on
+        self.wrapper_doing: Callable[[], str] | None = None   # what a wrapper is at, in words, for ranks that ask; '' = no call of its own
 
     # ---- who owns what -------------------------------------------------------------------------------------------------
 
@@ -275,6 +278,36 @@ class Communicator:
                     f"all_reduce_rms_norm: {argument} is {list(named[argument].shape)}, expected {expected} "
                     f"for x {list(x.shape)} on rank {self.rank} of {self.world_size}"
                 )
+
+    # A wrapper that carries collectives by a way of its own keeps one order, one error and one thread with its base by these four.
+
+    def busy(self) -> bool:
+        """Whether started operations are unfinished, so that a synchronous one must queue behind them by in_background()."""
+        return self.base is not None and self.base.busy()
+
+    def in_background(self, call: Callable[[], Any]) -> Handle:
+        """Run `call` after everything that was started before it, on the group's communication thread. This default does it now."""
+        return Handle(call()) if self.base is None else self.base.in_background(call)
+
+    def raise_if_broken(self) -> None:
+        """Raise the first failure again, as a new CommunicatorError; or one that says that the communicator has been closed."""
+        if self.base is not None:
+            self.base.raise_if_broken()
+        elif self.failure is not None:
+            raise self.failure
+
+    def fail(self, text: str, error: Exception, began: float) -> CommunicatorError:
+        """The error to raise for a failed operation, and the end of this group: who is missing is asked for and said.
+
+        text: the operation ("all_reduce of x [4, 8] float32 at layers.0.o_proj"). error: what went wrong; its first line is kept.
+        began: time.monotonic() when the operation began. Of several failures the first is returned each time.
+        """
+        if self.base is not None:
+            return self.base.fail(text, error, began)
+        if self.failure is None:
+            message = f"rank {self.rank} of {self.world_size}: {text} failed [{error}]"
+            self.failure = CommunicatorError(message, rank=self.rank, operation=text)
+        return self.failure
 
     def _below(self, operation: str) -> Communicator:
         if self.base is None:

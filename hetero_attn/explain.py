@@ -14,6 +14,7 @@ import torch
 from hetero_attn import registry
 from hetero_attn.arguments import check_lengths, dense_spec, varlen_spec
 from hetero_attn.backend import UnsupportedError
+from hetero_attn.ops import differentiates
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.spec import AttentionSpec, dtype_name
 
@@ -94,7 +95,7 @@ def explain(
     TypeError for arguments that do not fit together, UnknownBackendError for a name nothing answers to.
     """
     inputs = (q, k, v, attn_mask, alibi_slopes, sinks)
-    needs_grad = torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in inputs)
+    needs_grad = differentiates(*inputs)
     if cu_seqlens_q is None:
         spec = dense_spec(
             q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, needs_grad

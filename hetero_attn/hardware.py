@@ -56,3 +56,21 @@ class Hardware:
             bound = "ub_bytes, which is not stated" if self.ub_bytes is None else f"ub_bytes ({self.ub_bytes})"
             raise ProfileError(f"hardware.ub_reserved_bytes is {self.ub_reserved_bytes}, expected less than {bound}",
                                key="hardware.ub_reserved_bytes")
+
+
+MEASURED = {"pattern": r"[a-z_]+ [0-9]+ [a-z_]+ [a-z0-9_]+ [0-9.e+-]+", "form": "operation, bytes, algorithm, codec, milliseconds"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """The link between the ranks of a group, as `hetero-attn tune` measured it into the overlay; empty where it has not."""
+
+    latency_ms: float | None = setting("One message's way from rank to rank, milliseconds; null = not measured", default=None, minimum=0)
+    message_ms: float | None = setting("What sending or receiving a message costs beside, milliseconds", default=None, minimum=0)
+    bandwidth_mbps: float | None = setting("A rank's link while all ranks send, 10^6 bit/s; null = beyond measuring", default=None, above=0)
+    root_mbps: float | None = setting("What one rank takes in from all others at once, 10^6 bit/s", default=None, above=0)
+    hosts: tuple[str, ...] = setting("Rank and host name of each rank when it was measured, as in '0 alpha'", default=())
+    measured: tuple[str, ...] = setting("Collectives of float32 put to the clock", default=(), **MEASURED)
+
+    def __post_init__(self):
+        check_fields(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from hetero_attn import registry
 from hetero_attn.arguments import check_lengths, dense_spec, varlen_spec
@@ -20,6 +21,7 @@ _PLANS_KEPT = 1024
 _PLAIN = (torch.Tensor, torch.nn.Parameter)             # anything else is a subclass that may be tracing
 _NO_OPERANDS = Operands()
 _autocast = torch._C._is_any_autocast_enabled
+_transform_level = torch._C._functorch.maybe_current_level
 
 
 class _Plan:
@@ -83,7 +85,7 @@ def attention(
         return (out, lse) if return_lse else out
     return run_dense(
         q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, backend,
-        torch.is_grad_enabled() and _wants_grad(q, k, v, attn_mask, alibi_slopes, sinks),
+        differentiates(q, k, v, attn_mask, alibi_slopes, sinks),
     )
 
 
@@ -125,7 +127,7 @@ def attention_varlen(
         return (out, lse) if return_lse else out
     return run_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, is_causal, scale, window_size,
-        softcap, alibi_slopes, sinks, return_lse, backend, torch.is_grad_enabled() and _wants_grad(q, k, v, None, alibi_slopes, sinks),
+        softcap, alibi_slopes, sinks, return_lse, backend, differentiates(q, k, v, None, alibi_slopes, sinks),
     )
 
 
@@ -253,5 +255,10 @@ def _index_form(tensor: torch.Tensor | None) -> tuple | None:
     return None if tensor is None else (len(tensor), tensor.dim(), tensor.dtype, tensor.device)
 
 
-def _wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return any(tensor is not None and getattr(tensor, "requires_grad", False) for tensor in tensors)
+def differentiates(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch must see through the call: for a gradient, or because torch.func (grad, vmap, jvp) or forward AD is at work."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and getattr(tensor, "requires_grad", False):
+                return True
+    return _transform_level() is not None or forward_ad._current_level >= 0

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 
-from hetero_attn.hardware import Alignments, Hardware
+from hetero_attn.hardware import Alignments, Hardware, Link
 from hetero_attn.overlay import OverlayKey, nested, read_overlay, write_overlay
 from hetero_attn.profile_detect import Detect, choose, device_name, present_device, shipped_profiles, unknown_profile
 from hetero_attn.profile_fields import Origins, ProfileError, check_fields, leaves, sections, setting
 from hetero_attn.profile_yaml import Entry, compose, entries, pairs, parse_set, plain, read_text
 
-__all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "ProfileError",
+__all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "ProfileError",
            "detect", "load_profile", "save_overlay", "shipped_profiles"]
 
 BACKEND_NAME = {"pattern": r"[a-z0-9][a-z0-9_-]*", "form": "lower-case letters, digits, _ and -"}
@@ -46,6 +46,12 @@ class DeviceProfile:
                                         **BACKEND_NAME)
     awaits: tuple[str, ...] = setting("Backends this device wants that do not exist yet; shown as absent", default=(), **BACKEND_NAME)
     communicators: tuple[str, ...] = setting("Communicators in order of preference", default=("distributed",), **BACKEND_NAME)
+    algorithm: Literal["auto", "native", "one_shot", "two_shot", "star", "ring", "tree"] = setting(
+        "Algorithm of collectives over torch.distributed: native = its own; auto = chosen for each size of message from the measured link, "
+        "native on one host", default="auto")
+    codec: Literal["none", "auto", "int8_group32", "int4_group32", "int4_outliers"] = setting(
+        "How sums of partial results are packed for the wire: none = as they are; auto = a lossy codec where the measured link gains by it",
+        default="none")
     strict: bool = setting("Forbid falling through to a backend after the first", default=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("dtype of the model; auto = the checkpoint's", default="auto")
     vocabulary: Literal["sharded", "master"] = setting("Embedding and output head over all ranks, or on rank 0 alone", default="sharded")
@@ -54,6 +60,7 @@ class DeviceProfile:
     timeout_s: float = setting("Longest wait inside one collective, seconds", default=30.0, above=0)
     threads_per_rank: int = setting("CPU threads of one rank; 0 = cores divided by the ranks of this host", default=0, minimum=0)
     hardware: Hardware = field(default_factory=Hardware, metadata={"doc": "The device's numbers, each with its source beside it"})
+    link: Link = field(default_factory=Link, metadata={"doc": "The link between ranks, measured by `hetero-attn tune` into the overlay"})
     origins: Mapping[str, str] = field(default_factory=Origins, compare=False, repr=False)
 
     def __post_init__(self):
@@ -66,6 +73,9 @@ class DeviceProfile:
         if "reference" in self.backends:
             raise ProfileError("backends names reference, which is never chosen automatically; ask for it by name, as in "
                                "attention(..., backend='reference')", key="backends")
+        if self.codec not in ("none", "auto") and self.algorithm in ("native", "ring", "tree"):
+            raise ProfileError(f"codec is {self.codec} beside algorithm {self.algorithm}, which sends partial sums as they are; expected "
+                               "algorithm auto, one_shot, two_shot or star, or codec none", key="codec")
         # Who lists a backend has it: `--set backends=[volta,sdpa]` ends the waiting.
         object.__setattr__(self, "awaits", tuple(name for name in self.awaits if name not in self.backends))
         if self.device != "cuda" and self.detect.cuda_capability is not None:

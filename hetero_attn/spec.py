@@ -47,7 +47,7 @@ class AttentionSpec:
     sinks: bool = False
     return_lse: bool = False
     layout: str = "bhsd"                            # how the caller holds q, k, v: a hint for the output's memory
-    needs_grad: bool = False
+    needs_grad: bool = False                        # torch must see through the call: gradients, torch.func, forward AD
     varlen: bool = False
     total_q: int = 0
     page_size: int = 0

@@ -202,6 +202,8 @@ def instances(draw, cls, prefix=""):
         given_values |= {"backends": tuple(names[:cut]), "awaits": tuple(names[cut:]), "communicators": tuple(names)}
         if given_values["device"] != "cuda":
             given_values["detect"] = dataclasses.replace(given_values["detect"], cuda_capability=None)
+        if given_values["algorithm"] in ("native", "ring", "tree"):
+            given_values["codec"] = draw(st.sampled_from(("none", "auto")))
     return cls(**given_values)
 
 

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from hetero_attn.backend import Backend
-from hetero_attn.collectives import rendezvous
+from hetero_attn.collectives import rendezvous, tuning
 from hetero_attn.collectives.distributed import DistributedCommunicator
 from hetero_attn.communicator import Communicator, CommunicatorError, SoloCommunicator
 from hetero_attn.profile import DeviceProfile, load_profile
@@ -62,7 +62,10 @@ def init_communicator(
         store_rank=None if rendezvous.served_by_agent() else 0,
     )
     communicator, reasons = choose_communicator(profile, base)
-    log.debug("communicator %s; %s", type(communicator).__name__, reasons)
+    hosts = [entry.split()[0] for entry in devices]
+    worth_measuring = native is None and not rendezvous.on_one_host(env)
+    base.choice, source = tuning.settle(base, profile, hosts, worth_measuring=worth_measuring)
+    log.debug("communicator %s (%s); %s", type(communicator).__name__, source, reasons)
     return communicator
 
 

@@ -38,8 +38,11 @@ class CommunicationThread:
         self._unfinished = 0
 
     def busy(self) -> bool:
-        """Whether calls are queued or running: whoever would issue a collective meanwhile must queue behind them."""
-        return self._unfinished > 0
+        """Whether calls are queued or running: whoever would issue a collective meanwhile must queue behind them.
+
+        Never for a call that runs on the thread itself: what it issues in turn is part of it.
+        """
+        return self._unfinished > 0 and threading.current_thread() is not self._thread
 
     def submit(self, call: Callable[[], Any]) -> FutureHandle:
         """Queue a call; it runs under the caller's grad and inference modes, which torch keeps per thread."""

@@ -20,13 +20,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from hetero_attn.collective_arguments import check_dim, check_rank, check_rows, check_sizes, check_sum, check_tensor
+from hetero_attn.collective_arguments import MAX_DIMS, check_dim, check_rank, check_rows, check_sizes, check_sum, check_tensor
 from hetero_attn.collectives.background import CommunicationThread
-from hetero_attn.collectives.exchange import MAX_DIMS, Exchange, Steps
+from hetero_attn.collectives.choice import Choice
+from hetero_attn.collectives.exchange import Exchange, Steps
 from hetero_attn.collectives.liveness import RollCall
+from hetero_attn.collectives.wire import Wire
 from hetero_attn.communicator import Communicator, CommunicatorError, Handle
 
 CLOSE_S = 3.0                                        # close() waits no longer than this for what is in flight
+MOST_IN_FLIGHT = 256                                 # operations whose handles nobody waits for
 
 
 class Plan(NamedTuple):
@@ -81,7 +84,8 @@ class DistributedCommunicator(Communicator):
     group: the process group (None = the default one), serving CPU tensors by gloo and, where `native` names a device type,
     that device's tensors too; other devices' tensors are staged through host memory. store: shared by all ranks, for the roll
     call; store_rank: the rank that serves it, None for torchrun's agent. timeout_s: the longest a collective waits for a peer.
-    leave(): called by close(), destroys what the maker created.
+    leave(): called by close(), destroys what the maker created. choice: which algorithm serves a call, the same on every rank
+    (None: torch.distributed's own); it may be replaced between calls, on all ranks together.
 
     On NCCL and HCCL sums are the library's own, which may round 16-bit floats at every hop; there the library's watchdog
     bounds the waits and ends the process, since the host does not wait for a device's collectives.
@@ -99,23 +103,37 @@ class DistributedCommunicator(Communicator):
         timeout_s: float = 60.0,
         leave: Callable[[], None] = lambda: None,
         store_rank: int | None = None,
+        choice: Choice | None = None,
     ) -> None:
         super().__init__(rank, world_size, device=device)
         self.timeout_s = timeout_s
-        self._exchange, self._leave = Exchange(rank, world_size, group, native), leave
+        self._exchange, self._leave = Exchange(rank, world_size, group, native, choice), leave
         self._thread = CommunicationThread()
         self._in_flight: deque[Any] = deque()
-        self._error: CommunicatorError | None = None
         self._failing = threading.Lock()
         self._closed = self._left = False            # closed: takes no new call; left: the group is gone
-        self._calls = 0
+        self._calls = self._finished = 0             # begun, and run to their ends
         self._now_doing = "outside any collective (none so far)"
         self._side_stream: Any = None
         self._store_rank = store_rank
         self._store, self._signals = store, dict.fromkeys(range(world_size), 0)
         this = weakref.ref(self)                     # the answering thread must not keep the communicator alive
-        self._roll_call = RollCall(store, rank, world_size, lambda: getattr(this(), "_now_doing", "gone"))
+        self._roll_call = RollCall(store, rank, world_size, lambda: _doing(this()), lambda: getattr(this(), "_finished", 0))
         atexit.register(_leave_at_exit, this)
+
+    @property
+    def choice(self) -> Choice:
+        """What picks the algorithm and codec of a call."""
+        return self._exchange.choice
+
+    @choice.setter
+    def choice(self, choice: Choice) -> None:
+        self._exchange.choice = choice
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that the algorithms over point-to-point messages have handed to torch.distributed, headers of codecs included."""
+        return self._exchange.wire.bytes_sent
 
     # ---- operations: check and describe, then steps ------------------------------------------------------------------------
 
@@ -151,7 +169,8 @@ class DistributedCommunicator(Communicator):
     def _plan_all_reduce(self, x: torch.Tensor, *, site: str = "", name: str = "all_reduce") -> Plan:
         check_tensor(name, "x", x, written=True)
         check_sum(name, x)
-        return Plan(_text(name, x, site), self._exchange.all_reduce(x), self._exchange.is_single(x), (x,))
+        single = self._exchange.is_single("all_reduce", x, site, x.nbytes)
+        return Plan(_text(name, x, site), self._exchange.all_reduce(x, site), single, (x,))
 
     def _plan_barrier(self, *, site: str = "") -> Plan:
         return self._plan_all_reduce(torch.zeros(1, dtype=torch.int64), site=site, name="barrier")
@@ -162,18 +181,24 @@ class DistributedCommunicator(Communicator):
         check_sizes("all_gather", sizes, x.shape[dim], self.rank, self.world_size)
         if x.dim() > MAX_DIMS:
             raise ValueError(f"all_gather: x has {x.dim()} axes, expected at most {MAX_DIMS}")
-        return Plan(_text("all_gather", x, site), self._exchange.all_gather(x, dim, sizes), sizes is not None, (x,))
+        single = False
+        if sizes is not None:
+            total = x.nbytes // x.shape[dim] * sum(sizes) if x.numel() else 0
+            single = bool(total) and self._exchange.is_single("all_gather", x, site, total)
+        return Plan(_text("all_gather", x, site), self._exchange.all_gather(x, dim, sizes, site), single, (x,))
 
     def _plan_broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> Plan:
         check_tensor("broadcast", "x", x, written=True)
         check_rank("broadcast", "src", src, self.world_size)
-        return Plan(_text(f"broadcast from rank {src}", x, site), self._exchange.broadcast(x, src), True, (x,))
+        single = self._exchange.is_single("broadcast", x, site, x.nbytes)
+        return Plan(_text(f"broadcast from rank {src}", x, site), self._exchange.broadcast(x, src, site), single, (x,))
 
     def _plan_reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> Plan:
         check_tensor("reduce_scatter", "x", x)
         check_rows("reduce_scatter", x)
         check_sum("reduce_scatter", x)
-        return Plan(_text("reduce_scatter", x, site), self._exchange.reduce_scatter(x), True, (x,))
+        single = self._exchange.is_single("reduce_scatter", x, site, x.nbytes)
+        return Plan(_text("reduce_scatter", x, site), self._exchange.reduce_scatter(x, site), single, (x,))
 
     def _plan_all_reduce_rms_norm(
         self,
@@ -187,9 +212,13 @@ class DistributedCommunicator(Communicator):
         post_weight: torch.Tensor | None = None,
     ) -> Plan:
         self.check_norm_arguments(x, residual_shard, weight, post_weight)
-        steps = self._exchange.all_reduce_rms_norm(x, residual_shard, weight, eps, weight_offset, post_weight)
+        steps = self._exchange.all_reduce_rms_norm(x, residual_shard, weight, eps, weight_offset, post_weight, site)
         tensors = (x, residual_shard, weight) if post_weight is None else (x, residual_shard, weight, post_weight)
         return Plan(_text("all_reduce_rms_norm", x, site), steps, False, tensors)
+
+    def run_steps(self, text: str, steps: Callable[[Wire], Steps]) -> Any:
+        """Run steps over this group's point-to-point messages, in order with its other calls; all ranks together. Errors name `text`."""
+        return self._run(Plan(text, steps(self._exchange.wire), False, ()))
 
     # ---- running ----------------------------------------------------------------------------------------------------------------
 
@@ -204,6 +233,8 @@ class DistributedCommunicator(Communicator):
         self._raise_if_broken(self._closed)
         while self._in_flight and self._in_flight[0].is_completed():
             self._in_flight.popleft()
+        if len(self._in_flight) > MOST_IN_FLIGHT:    # dropped handles: messages tell only those who wait that they are done
+            self._await_oldest(plan)
         if self._exchange.is_native(plan.tensors[0]):
             return self._start_on_stream(plan)
         if any(tensor.device.type != "cpu" for tensor in plan.tensors):
@@ -216,6 +247,13 @@ class DistributedCommunicator(Communicator):
         self._in_flight.append(first)
         return WorkHandle(lambda: self._finish(plan, first))
 
+    def _await_oldest(self, plan: Plan) -> None:
+        began = time.monotonic()
+        try:
+            self._in_flight.popleft().wait()
+        except RuntimeError as error:
+            raise self.fail(f"an operation started before {plan.text}", error, began) from error
+
     def _advance(self, plan: Plan) -> Any:
         """Issue the first collective: its work object, or a finished Handle where nothing had to be sent."""
         try:
@@ -223,7 +261,7 @@ class DistributedCommunicator(Communicator):
         except StopIteration as done:
             return Handle(done.value)
         except RuntimeError as error:
-            raise self._fail(plan.text, error, time.monotonic()) from error
+            raise self.fail(plan.text, error, time.monotonic()) from error
 
     def _finish(self, plan: Plan, work: Any = None) -> Any:
         """Run the steps to their end, from `work` on where it is in flight already."""
@@ -238,11 +276,12 @@ class DistributedCommunicator(Communicator):
                 work = next(plan.steps)
         except StopIteration as done:
             self._now_doing = f"outside any collective (last: {plan.text}, call {self._calls})"
+            self._finished += 1
             return done.value
         except RuntimeError as error:
             if isinstance(error, CommunicatorError):
                 raise
-            raise self._fail(plan.text, error, began) from error
+            raise self.fail(plan.text, error, began) from error
 
     def _start_on_stream(self, plan: Plan) -> Handle:
         """NCCL, HCCL: issue everything on a side stream that starts after the calling stream's work so far."""
@@ -296,19 +335,28 @@ class DistributedCommunicator(Communicator):
                     asked = time.monotonic()
             self._now_doing = f"outside any collective (last: {text})"
         except RuntimeError as error:
-            raise self._fail(text, error, began) from error
+            raise self.fail(text, error, began) from error
+
+    def busy(self) -> bool:
+        return self._thread.busy()
+
+    def in_background(self, call: Callable[[], Any]) -> Handle:
+        return self._thread.submit(call)
+
+    def raise_if_broken(self) -> None:
+        self._raise_if_broken(self._closed)
 
     def _raise_if_broken(self, too_late: bool) -> None:
-        if self._error is not None:
-            first = self._error
+        if self.failure is not None:
+            first = self.failure
             raise CommunicatorError(str(first), rank=first.rank, operation=first.operation, missing=first.missing)
         if too_late:
             raise CommunicatorError(f"rank {self.rank} of {self.world_size}: the communicator has been closed", rank=self.rank)
 
-    def _fail(self, text: str, error: Exception, began: float) -> CommunicatorError:
+    def fail(self, text: str, error: Exception, began: float) -> CommunicatorError:
         """The error for a failed operation, after a look at who is still there; the first one is kept and breaks the communicator."""
         with self._failing:
-            if self._error is None:
+            if self.failure is None:
                 waited = time.monotonic() - began
                 self._now_doing = f"in {text} (call {self._calls}), where it has failed"
                 missing, found = self._look_around()
@@ -317,8 +365,8 @@ class DistributedCommunicator(Communicator):
                     f"rank {self.rank} of {self.world_size}: {text} failed after {waited:.1f} s "
                     f"(time-out {self.timeout_s:g} s): {found} [{detail}]"
                 )
-                self._error = CommunicatorError(message, rank=self.rank, operation=text, missing=missing)
-            return self._error
+                self.failure = CommunicatorError(message, rank=self.rank, operation=text, missing=missing)
+            return self.failure
 
     def _look_around(self) -> tuple[list[int], str]:
         """The ranks that do not answer, and what can be said in words."""
@@ -344,7 +392,9 @@ class DistributedCommunicator(Communicator):
         if self._closed:
             return
         self._closed = True
-        self._settle(CLOSE_S)
+        if self._settle(CLOSE_S) and self._exchange.wire.used and self.failure is None:
+            # Peers keep writing to us, that their receives are posted; closing on what we have not read loses what they have not got.
+            self._roll_call.await_finished(self._finished, CLOSE_S)
         self._left = True                            # what is queued still must not start on a later communicator's group
         self._roll_call.close()
         self._leave()
@@ -368,12 +418,20 @@ def _leave_at_exit(this: weakref.ref) -> None:
     communicator = this()
     if communicator is None:
         return
-    broken = communicator._error is not None
+    broken = communicator.failure is not None
     communicator.close()
     if broken and not communicator._settle(0.1):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _doing(communicator: DistributedCommunicator | None) -> str:
+    """What the rank is at, for one that asks: a call of this communicator, else what a wrapper says, else the last call."""
+    if communicator is None:
+        return "gone"
+    own = communicator._now_doing
+    return own if own.startswith("in ") or communicator.wrapper_doing is None else communicator.wrapper_doing() or own
 
 
 def _text(operation: str, x: torch.Tensor, site: str) -> str:

@@ -1,28 +1,31 @@
 """What travels: each collective as a generator over torch.distributed calls, which yields the work objects it has issued.
 
-Run to the end such a generator is the synchronous form; left after its first yield it is the asynchronous one. What torch.distributed
-leaves open is settled here: 16-bit floats are summed in fp32 in rank order and rounded once, rows need not divide by the ranks, any
+A Choice says which algorithm serves a call: torch.distributed's own collective ("native"), or one of algorithms.py over point-to-point
+messages. Run to the end such a generator is the synchronous form; left after its first yield it is the asynchronous one. What
+torch.distributed leaves open is settled here: 16-bit floats are summed in fp32 and rounded once, rows need not divide by the ranks, any
 dtype moves (as bytes), tensors of devices without a library go through host memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hetero_attn.collective_arguments import agreed_sizes, shape_record
+from hetero_attn.collectives import algorithms
+from hetero_attn.collectives.choice import NATIVE, PLAIN, Choice, Route
+from hetero_attn.collectives.coding import Coding, Plain, sum_in_rank_order
+from hetero_attn.collectives.wire import Wire
 from hetero_attn.communicator import add_and_norm, shard_counts, shard_rows
 
 Steps = Generator[Any, None, Any]                    # yields torch.distributed work objects, returns the operation's result
 GLOO_SUMS = frozenset({torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64})
-WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 # Up to this many gathered elements a 16-bit sum gathers everything: one collective's latency instead of two.
 ONE_SHOT_ELEMENTS = 1 << 16
-DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)     # as they travel: by number
-MAX_DIMS = 14
 
 # torch 2.13 renamed these two and warns about the old names; both take one flat output or input tensor.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,56 +38,81 @@ class Exchange:
     group: serves CPU tensors by gloo and, where `native` names a device type, that device's tensors by its own library.
     """
 
-    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None, native: str) -> None:
+    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None, native: str, choice: Choice | None = None) -> None:
         self.rank, self.world_size, self.group, self.native = rank, world_size, group, native
+        self.choice = choice or Choice()
+        self.wire = Wire(rank, world_size, group)
+        # Name of a codec -> (site, values in a row of the tensor, dtype) -> the coding of a call.
+        self.codecs: dict[str, Callable[[str, int, torch.dtype], Coding]] = {}
 
-    def is_single(self, x: torch.Tensor) -> bool:
-        """Whether an all_reduce of x is one torch.distributed call; the other operations are, all_reduce_rms_norm is not."""
-        return x.dtype in GLOO_SUMS or x.is_complex() or self.is_native(x)
+    def is_single(self, operation: str, x: torch.Tensor, site: str, nbytes: int) -> bool:
+        """Whether the call issues all it sends by its first step. nbytes as Choice.pick takes them."""
+        algorithm = self._route(operation, x, nbytes, site).algorithm
+        if algorithm == NATIVE:
+            return operation != "all_reduce" or x.dtype in GLOO_SUMS or x.is_complex() or self.is_native(x)
+        return algorithm in algorithms.SINGLE[operation]
 
-    def all_reduce(self, x: torch.Tensor) -> Steps:
+    def all_reduce(self, x: torch.Tensor, site: str = "") -> Steps:
         buffer = self._sendable(x)
         if buffer.numel() and self.world_size > 1:
             flat = torch.view_as_real(buffer).flatten() if buffer.is_complex() else buffer.flatten()
-            if self.is_native(flat) or flat.dtype in GLOO_SUMS:
-                yield dist.all_reduce(flat, group=self.group, async_op=True)
-            elif flat.numel() * self.world_size <= ONE_SHOT_ELEMENTS:
-                parts = yield from self._gather_flat(flat, [flat.numel()] * self.world_size)
-                flat.copy_(sum_in_rank_order(parts, flat.dtype))
+            route = self._route("all_reduce", x, x.nbytes, site)
+            if route.algorithm == NATIVE:
+                yield from self._native_sum(flat)
             else:
-                counts = shard_counts(self.world_size, flat.numel())
-                own = yield from self._scatter_sum(flat, counts)
-                parts = yield from self._gather_flat(own, counts)
-                torch.cat([part[:count] for part, count in zip(parts, counts)], out=flat)
+                yield from algorithms.all_reduce(route.algorithm, self.wire, self._coding(route, x, site), flat)
         return _written_back(x, buffer)
 
-    def reduce_scatter(self, x: torch.Tensor) -> Steps:
+    def _native_sum(self, flat: torch.Tensor) -> Steps:
+        """Sum flat [n] over the ranks into flat by torch.distributed's collectives."""
+        if self.is_native(flat) or flat.dtype in GLOO_SUMS:
+            yield dist.all_reduce(flat, group=self.group, async_op=True)
+        elif flat.numel() * self.world_size <= ONE_SHOT_ELEMENTS:
+            parts = yield from self._gather_native(flat, [flat.numel()] * self.world_size)
+            flat.copy_(sum_in_rank_order(parts, flat.dtype))
+        else:
+            counts = shard_counts(self.world_size, flat.numel())
+            own = yield from self._scatter_native(flat, counts)
+            parts = yield from self._gather_native(own, counts)
+            torch.cat([part[:count] for part, count in zip(parts, counts)], out=flat)
+
+    def reduce_scatter(self, x: torch.Tensor, site: str = "") -> Steps:
         own = shard_rows(x.shape[0], self.rank, self.world_size)
         if self.world_size == 1 or not x.numel():
             return x[own].clone(memory_format=torch.contiguous_format)
         buffer = self._sendable(x)
         flat = torch.view_as_real(buffer).flatten() if buffer.is_complex() else buffer.flatten()
         width = flat.numel() // x.shape[0]
-        total = yield from self._scatter_sum(flat, [rows * width for rows in shard_counts(self.world_size, x.shape[0])])
+        counts = [rows * width for rows in shard_counts(self.world_size, x.shape[0])]
+        route = self._route("reduce_scatter", x, x.nbytes, site)
+        if route.algorithm == NATIVE:
+            total = yield from self._scatter_native(flat, counts)
+        else:
+            total = yield from algorithms.reduce_scatter(route.algorithm, self.wire, self._coding(route, x, site), flat, counts)
         if x.is_complex():
             total = torch.view_as_complex(total.view(-1, 2))
         return total.view(own.stop - own.start, *x.shape[1:]).to(x.device)
 
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int] | None) -> Steps:
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int] | None, site: str = "") -> Steps:
         if sizes is None:
             sizes = yield from self._exchange_sizes(x, dim)
         buffer = self._sendable(x)
         width = math.prod(size for axis, size in enumerate(x.shape) if axis != dim)
-        parts = yield from self._gather_flat(buffer.flatten(), [size * width for size in sizes])
-        if dim == 0 and min(sizes) == max(sizes):                                              # parts are the result, in order
-            return parts.view(sum(sizes), *x.shape[1:]).to(x.device)
+        counts = [size * width for size in sizes]
+        whole = yield from self._gather_flat(buffer.flatten(), counts, site)
+        if dim == 0:
+            return whole.view(sum(sizes), *x.shape[1:]).to(x.device)
         shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
-        return torch.cat([part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes)], dim).to(x.device)
+        return torch.cat([part.view(shape) for part, shape in zip(whole.split(counts), shapes)], dim).to(x.device)
 
-    def broadcast(self, x: torch.Tensor, src: int) -> Steps:
+    def broadcast(self, x: torch.Tensor, src: int, site: str = "") -> Steps:
         buffer = self._sendable(x)
         if buffer.numel() and self.world_size > 1:
-            yield dist.broadcast(_as_bytes(buffer), src, group=self.group, async_op=True)
+            route = self._route("broadcast", x, x.nbytes, site)
+            if route.algorithm == NATIVE:
+                yield dist.broadcast(_as_bytes(buffer), src, group=self.group, async_op=True)
+            else:
+                yield from algorithms.broadcast(route.algorithm, self.wire, _as_bytes(buffer), src)
         return x if self.rank == src else _written_back(x, buffer)
 
     def all_reduce_rms_norm(
@@ -95,15 +123,41 @@ class Exchange:
         eps: float,
         weight_offset: float,
         post_weight: torch.Tensor | None,
+        site: str = "",
     ) -> Steps:
-        shard = yield from self.reduce_scatter(x)                                             # [rows(T), C]
+        shard = yield from self.reduce_scatter(x, site)                                       # [rows(T), C]
         normed = add_and_norm(shard, residual_shard, weight, eps, weight_offset, post_weight)
-        normed = yield from self.all_gather(normed, 0, shard_counts(self.world_size, x.shape[0]))           # [T, C]
+        normed = yield from self.all_gather(normed, 0, shard_counts(self.world_size, x.shape[0]), site)     # [T, C]
         return normed, residual_shard
 
     # ---- pieces: flat tensors in and out
 
-    def _scatter_sum(self, flat: torch.Tensor, counts: list[int]) -> Steps:
+    def _route(self, operation: str, x: torch.Tensor, nbytes: int, site: str) -> Route:
+        """A device library keeps its own ways; everything else is for the choice to say."""
+        return Route() if self.is_native(x) else self.choice.pick(operation, nbytes, x.dtype, site)
+
+    def _coding(self, route: Route, x: torch.Tensor, site: str) -> Coding:
+        """How x's values become bytes on this route: as they are, unless a codec is asked for and x is of real numbers."""
+        dtype = x.dtype.to_real() if x.is_complex() else x.dtype
+        if route.codec == PLAIN or not x.dtype.is_floating_point:
+            return Plain(dtype)
+        if route.codec not in self.codecs:
+            raise ValueError(f"codec is {route.codec!r}, expected one of {', '.join([PLAIN, *self.codecs])}")
+        return self.codecs[route.codec](site, x.shape[-1] if x.dim() else 1, dtype)
+
+    def _gather_flat(self, flat: torch.Tensor, counts: list[int], site: str = "") -> Steps:
+        """flat [counts[rank]] of each rank -> all of them [sum of counts] on every rank, in rank order."""
+        total = sum(counts) * flat.element_size()
+        route = self._route("all_gather", flat, total, site)
+        if route.algorithm == NATIVE or self.world_size == 1 or not total:
+            parts = yield from self._gather_native(flat, counts)
+            return parts.view(-1) if min(counts) == max(counts) else torch.cat([part[:count] for part, count in zip(parts, counts)])
+        out = flat.new_empty(sum(counts))
+        sizes = [count * flat.element_size() for count in counts]
+        yield from algorithms.all_gather(route.algorithm, self.wire, _as_bytes(flat), sizes, _as_bytes(out))
+        return out
+
+    def _scatter_native(self, flat: torch.Tensor, counts: list[int]) -> Steps:
         """flat [sum of counts] on every rank -> the sum of this rank's piece [counts[rank]], added in rank order."""
         own = counts[self.rank]
         if self.is_native(flat):
@@ -122,7 +176,7 @@ class Exchange:
         )
         return sum_in_rank_order(parts, flat.dtype)
 
-    def _gather_flat(self, flat: torch.Tensor, counts: list[int]) -> Steps:
+    def _gather_native(self, flat: torch.Tensor, counts: list[int]) -> Steps:
         """flat [counts[rank]] of each rank -> all of them [N, longest] on every rank; shorter ones are padded at their end."""
         longest = max(counts)
         if self.world_size == 1:
@@ -138,15 +192,9 @@ class Exchange:
 
     def _exchange_sizes(self, x: torch.Tensor, dim: int) -> Steps:
         """Every rank's extent of `dim`. ValueError, on every rank alike, when their other axes or their dtypes differ."""
-        own = torch.zeros(MAX_DIMS + 3, dtype=torch.int64)
-        own[:3] = torch.tensor([x.dim(), dim, DTYPES.index(x.dtype)])
-        own[3 : 3 + x.dim()] = torch.tensor(x.shape)
-        rows = (yield from self._gather_flat(own, [own.numel()] * self.world_size)).tolist()
-        others = [[*row[: 3 + row[1]], *row[4 + row[1] :]] for row in rows]
-        if any(other != others[0] for other in others):
-            shapes = ", ".join(f"{row[3:3 + row[0]]} (dim {row[1]}, {DTYPES[row[2]]})" for row in rows)
-            raise ValueError(f"all_gather: the ranks' tensors are {shapes}; expected them to differ in dim only")
-        return [row[3 + row[1]] for row in rows]
+        own = shape_record(x, dim)
+        rows = yield from self._gather_flat(own, [own.numel()] * self.world_size)
+        return agreed_sizes(rows.view(self.world_size, -1).tolist())
 
     def is_native(self, x: torch.Tensor) -> bool:
         """Whether the group's device library (NCCL, HCCL) takes this tensor; gloo is not meant."""
@@ -158,14 +206,6 @@ class Exchange:
         if x.device.type != "cpu" and not self.is_native(x):
             x = x.to("cpu")
         return x.contiguous()
-
-
-def sum_in_rank_order(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """parts [N, n] added one by one in the order given, 16-bit floats in fp32, rounded once: [n] of `dtype`."""
-    total = parts[0].to(WIDER.get(dtype, dtype), copy=True)
-    for part in parts[1:]:
-        total += part
-    return total.to(dtype)
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:

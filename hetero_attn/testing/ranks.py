@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from hetero_attn.collectives import BASE, init_communicator
+from hetero_attn.collectives.algorithms import NAMES
 from hetero_attn.communicator import Communicator, SoloCommunicator
 from hetero_attn.parallel.launch import run_ranks
 from hetero_attn.profile import load_profile
@@ -40,25 +41,32 @@ def on_ranks(
 ) -> list[Outcome]:
     """fn(communicator, *args) in `world_size` ranks -> their outcomes in rank order. fn is a top-level function.
 
-    communicator: 'distributed' or the backend whose communicator is asked for. Raises RankFailure when a rank dies or time is up.
+    communicator: 'distributed', 'distributed-<algorithm>' or the backend whose communicator is asked for.
+    Raises RankFailure when a rank dies or time is up.
     """
     return run_ranks(_in_rank, (fn, tuple(args), communicator, collective_timeout_s), world_size, timeout_s=timeout_s)
 
 
 def make_communicator(name: str, timeout_s: float = 30.0) -> Communicator:
-    """The communicator of that name and nothing else, in a rank. Raises CommunicatorError with the reasons against it."""
-    return init_communicator(dataclasses.replace(load_profile("cpu"), communicators=(name,)), timeout_s=timeout_s)
+    """The communicator of that name and nothing else, in a rank. Raises CommunicatorError with the reasons against it.
+
+    'distributed-star' is the one over torch.distributed with every collective by that algorithm; likewise the others' names.
+    """
+    name, _, algorithm = name.partition("-") if name.startswith(f"{BASE}-") else (name, "", "")
+    profile = dataclasses.replace(load_profile("cpu"), communicators=(name,), algorithm=algorithm or "auto")
+    return init_communicator(profile, timeout_s=timeout_s)
 
 
 def communicators() -> list[str]:
-    """What the suite runs: HETERO_ATTN_TEST_COMMUNICATORS, else the solo and torch.distributed ones and every backend that has one."""
+    """What the suite runs: HETERO_ATTN_TEST_COMMUNICATORS, else the solo one, torch.distributed's own collectives and each algorithm over
+    it, and every backend that has a communicator."""
     if os.environ.get(VARIABLE):
         return [name.strip() for name in os.environ[VARIABLE].split(",") if name.strip()]
     from hetero_attn import registry
     from hetero_attn.backend import Backend
 
     own = [name for name in registry.names() if type(registry.get(name)).communicator is not Backend.communicator]
-    return ["solo", BASE, *own]
+    return ["solo", BASE, *(f"{BASE}-{algorithm}" for algorithm in NAMES), *own]
 
 
 def alone(fn: Callable[..., Any], args: Sequence[Any] = ()) -> list[Outcome]:

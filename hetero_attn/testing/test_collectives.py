@@ -3,11 +3,18 @@
 import pytest
 
 from hetero_attn.testing.collective_behaviour import BEHAVIOURS
-from hetero_attn.testing.collective_cases import CASES, WORLD_SIZES
+from hetero_attn.testing.collective_cases import CASES, FULL, WORLD_SIZES
 from hetero_attn.testing.collectives import run_suite
 from hetero_attn.testing.ranks import communicators
 
-GROUPS = [(name, size) for name in communicators() for size in ((1,) if name == "solo" else WORLD_SIZES)]
+
+
+def world_sizes(name):
+    """Of the algorithms over torch.distributed the quick grid runs one size, an odd one: tests/test_algorithms.py has the others."""
+    return (1,) if name == "solo" else (3,) if name.startswith("distributed-") and not FULL else WORLD_SIZES
+
+
+GROUPS = [(name, size) for name in communicators() for size in world_sizes(name)]
 pytestmark = pytest.mark.timeout(600)
 
 

@@ -1,0 +1,14 @@
+// What this object says of itself: its instruction set and the layout of its structs, which the loader compares before the first call.
+#include "abi.h"
+#include "vec.h"
+
+extern "C" const char* hetero_attn_cpu_instruction_set(void) { return ha::instruction_set(); }
+
+extern "C" int64_t hetero_attn_cpu_layout(int32_t which) {
+    switch (which) {
+        case 0: return HETERO_ATTN_CPU_ABI_VERSION;
+        case 1: return sizeof(HaAttention);
+        case 2: return sizeof(HaLinear);
+    }
+    return -1;
+}

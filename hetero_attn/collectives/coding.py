@@ -1,0 +1,59 @@
+"""How values become the bytes of a message and values again: the seam between an algorithm, which moves bytes, and a codec.
+
+An algorithm never looks into a payload. It asks a Coding, made for one call, to encode a run of values that starts at `first` of the
+flattened tensor (so that a codec finds the features that the values belong to), and to decode what a sender encoded. Plain is the coding
+that changes nothing; lossy ones come from codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+PARTIAL, SUM = "partial", "sum"                      # what a payload holds: one rank's summand, or what has been summed up already
+
+
+class Coding:
+    """Values of one call to bytes and back. `lossless`: decode gives back what was encoded, so a rank need not read its own payload."""
+
+    lossless = False
+
+    def size(self, first: int, count: int, stage: str = PARTIAL) -> int:
+        """How many bytes `count` > 0 values from `first` on take; every rank must find the same."""
+        raise NotImplementedError
+
+    def encode(self, values: torch.Tensor, first: int, stage: str = PARTIAL) -> torch.Tensor:
+        """Contiguous values [count] as uint8 [size]; may share memory with them."""
+        raise NotImplementedError
+
+    def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
+        """What `sender` encoded, as a tensor [count] of the call's dtype, or fp32 where that is 16 bits wide; may share memory."""
+        raise NotImplementedError
+
+
+class Plain(Coding):
+    """The values' own bytes."""
+
+    lossless = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def size(self, first: int, count: int, stage: str = PARTIAL) -> int:
+        return count * self.dtype.itemsize
+
+    def encode(self, values: torch.Tensor, first: int, stage: str = PARTIAL) -> torch.Tensor:
+        return values.view(torch.uint8)
+
+    def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
+        return payload.view(self.dtype)
+
+
+def sum_in_rank_order(parts: torch.Tensor | Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """parts, N tensors [n], added one by one in the order given, 16-bit floats in fp32, rounded once: [n] of `dtype`."""
+    total = parts[0].to(WIDER.get(dtype, dtype), copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(dtype)

@@ -1,0 +1,128 @@
+"""one_shot and two_shot: every rank talks to every other at once, one latency a hop.
+
+one_shot gives everybody everything and lets each sum alone: the fewest hops, (N-1)·M bytes a rank. two_shot sums a piece at each rank and
+gives the sums to everybody: one hop more, 2(N-1)/N·M bytes. Sums are taken in rank order, so all ranks hold the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from hetero_attn.collectives.coding import SUM, Coding, sum_in_rank_order
+from hetero_attn.collectives.wire import Arrival, Pending, Wire, received, release
+from hetero_attn.communicator import shard_counts
+
+Steps = Generator[Any, None, Any]                    # yields work objects, returns the operation's result
+Expected = dict[int, Arrival]                        # sender -> its message
+
+
+def starts(counts: list[int]) -> list[int]:
+    """Where each piece begins: [0, counts[0], counts[0] + counts[1], ...]."""
+    return [0, *itertools.accumulate(counts)][: len(counts)]
+
+
+def one_shot(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:
+    """Sum flat [n] over the ranks into flat."""
+    count = flat.numel()
+    arrivals = {peer: wire.expect(peer, coding.size(0, count)) for peer in wire.peers}
+    own = coding.encode(flat, 0)
+    works = [wire.send(own, peer) for peer in wire.peers]
+    wire.replenish()
+    yield Pending(received(arrivals.values()) + works)
+    payloads = {wire.rank: own} | {peer: arrival.payload for peer, arrival in arrivals.items()}
+    flat.copy_(sum_in_rank_order([coding.decode(payloads[rank], rank, 0, count) for rank in range(wire.world_size)], flat.dtype))
+    release(arrivals.values())
+
+
+def two_shot(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:
+    """Sum flat [n] over the ranks into flat."""
+    counts = shard_counts(wire.world_size, flat.numel())
+    pieces = expect_pieces(wire, coding, counts)
+    sums = expect_all(wire, coding, counts)          # posted a hop early: they are sent as soon as the pieces are there
+    own = yield from reduce_scatter(wire, coding, flat, counts, pieces)
+    yield from all_gather(wire, coding, own, counts, flat, sums)
+
+
+def expect_pieces(wire: Wire, coding: Coding, counts: list[int]) -> Expected:
+    """Every peer's summand of this rank's piece."""
+    own = counts[wire.rank]
+    return {peer: wire.expect(peer, coding.size(starts(counts)[wire.rank], own)) for peer in wire.peers if own}
+
+
+def expect_all(wire: Wire, coding: Coding, counts: list[int]) -> Expected:
+    """Every peer's whole piece."""
+    return {peer: wire.expect(peer, coding.size(starts(counts)[peer], counts[peer], SUM)) for peer in wire.peers if counts[peer]}
+
+
+def reduce_scatter(wire: Wire, coding: Coding, flat: torch.Tensor, counts: list[int], arrivals: Expected | None = None) -> Steps:
+    """flat [sum of counts] of each rank -> the sum of this rank's piece [counts[rank]], in flat's dtype."""
+    arrivals = expect_pieces(wire, coding, counts) if arrivals is None else arrivals
+    pieces, first = flat.split(counts), starts(counts)
+    works = [wire.send(coding.encode(pieces[peer], first[peer]), peer) for peer in wire.peers if counts[peer]]
+    wire.replenish()
+    yield Pending(received(arrivals.values()) + works)
+    own, rank, count = pieces[wire.rank], wire.rank, counts[wire.rank]
+    if not count:
+        return own.clone()
+    mine = own if coding.lossless else coding.decode(coding.encode(own, first[rank]), rank, first[rank], count)
+    parts = {rank: mine} | {peer: coding.decode(arrival.payload, peer, first[rank], count) for peer, arrival in arrivals.items()}
+    total = sum_in_rank_order([parts[each] for each in range(wire.world_size)], flat.dtype)
+    release(arrivals.values())
+    return total
+
+
+def all_gather(
+    wire: Wire, coding: Coding, own: torch.Tensor, counts: list[int], out: torch.Tensor, arrivals: Expected | None = None
+) -> Steps:
+    """own [counts[rank]] of each rank -> out [sum of counts], in rank order. own may lie in out."""
+    arrivals = expect_all(wire, coding, counts) if arrivals is None else arrivals
+    first = starts(counts)
+    payload = coding.encode(own, first[wire.rank], SUM) if own.numel() else None
+    works = [wire.send(payload, peer) for peer in wire.peers] if payload is not None else []
+    wire.replenish()
+    yield Pending(received(arrivals.values()) + works)
+    for rank, piece in enumerate(out.split(counts)):
+        if rank in arrivals:
+            piece.copy_(coding.decode(arrivals[rank].payload, rank, first[rank], counts[rank], SUM))
+        elif rank == wire.rank and payload is not None:
+            piece.copy_(own if coding.lossless else coding.decode(payload, rank, first[rank], counts[rank], SUM))
+    release(arrivals.values())
+
+
+def broadcast(wire: Wire, flat: torch.Tensor, src: int) -> Steps:
+    """src's flat uint8 [n] into everybody's, from src to each: one hop."""
+    if wire.rank == src:
+        yield Pending([wire.send(flat, peer) for peer in wire.peers])
+        return
+    arrival = wire.expect(src, flat.numel())
+    wire.replenish()
+    yield Pending([arrival.work])
+    flat.copy_(arrival.payload)
+    arrival.release()
+
+
+def scattered_broadcast(wire: Wire, flat: torch.Tensor, src: int) -> Steps:
+    """src's flat uint8 [n] into everybody's: src deals out pieces, and each rank passes its own on to the others."""
+    counts = shard_counts(wire.world_size, flat.numel())
+    pieces = flat.split(counts)
+    if wire.rank == src:
+        works = [wire.send(pieces[peer], peer) for peer in wire.peers if counts[peer]]
+        works += [wire.send(pieces[src], peer) for peer in wire.peers if counts[src]]
+        yield Pending(works)
+        return
+    mine = wire.expect(src, counts[wire.rank]) if counts[wire.rank] else None
+    arrivals = {peer: wire.expect(peer, counts[peer]) for peer in wire.peers if counts[peer]}
+    wire.replenish()
+    works = []
+    if mine is not None:
+        yield Pending([mine.work])
+        works = [wire.send(mine.payload, peer) for peer in wire.peers if peer != src]
+        pieces[wire.rank].copy_(mine.payload)
+    yield Pending(received(arrivals.values()) + works)
+    for peer, arrival in arrivals.items():
+        pieces[peer].copy_(arrival.payload)
+    release([*arrivals.values(), mine] if mine is not None else list(arrivals.values()))
