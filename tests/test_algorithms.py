@@ -288,10 +288,10 @@ def shapes_and_orders(communicator):
 @pytest.mark.parametrize("algorithm", algorithms.NAMES)
 def test_over_gloo_and_out_again(algorithm, capfd):
     """Real ranks end quietly, with receives still posted, whoever is first to leave."""
-    results = [outcome.result for outcome in on_ranks(shapes_and_orders, (), 2, communicator=f"distributed-{algorithm}") if not outcome.error]
-    assert len(results) == 2
-    sent = [bytes_sent for bytes_sent, _ in results]
-    assert sent == {"one_shot": [4000, 4000], "two_shot": [4000, 4000], "star": [4000, 4000], "ring": [4000, 4000], "tree": [4000, 4000]}[algorithm]
+    outcomes = on_ranks(shapes_and_orders, (), 2, communicator=f"distributed-{algorithm}")
+    assert not any(outcome.error for outcome in outcomes), outcomes
+    results = [outcome.result for outcome in outcomes]
+    assert [sent for sent, _ in results] == [4000, 4000]               # between two ranks each sends the whole once, whatever the algorithm
     assert max(took for _, took in results) < 2.5
     assert capfd.readouterr().err == ""
 

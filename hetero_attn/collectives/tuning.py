@@ -81,7 +81,7 @@ class Survey:
         )
         if not known:                                # never timed: as far off as the worst that was, so that chance does not choose it
             timed = {p.route for p in self.points if p.operation == operation}
-            return max((self.correction(operation, each, nbytes) for each in timed), default=1.0)
+            return max([1.0, *(self.correction(operation, each, nbytes) for each in timed)])
         at = min(max(math.log2(nbytes), known[0][0]), known[-1][0])
         for (left, low), (right, high) in itertools.pairwise(known):
             if left <= at <= right:

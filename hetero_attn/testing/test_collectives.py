@@ -8,7 +8,6 @@ from hetero_attn.testing.collectives import run_suite
 from hetero_attn.testing.ranks import communicators
 
 
-
 def world_sizes(name):
     """Of the algorithms over torch.distributed the quick grid runs one size, an odd one: tests/test_algorithms.py has the others."""
     return (1,) if name == "solo" else (3,) if name.startswith("distributed-") and not FULL else WORLD_SIZES
