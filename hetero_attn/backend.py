@@ -7,10 +7,11 @@ that was asked, the bound that stands against it, and what to do, because they a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hetero_attn.norm import rms_norm
 from hetero_attn.product import linear
 from hetero_attn.spec import AttentionSpec, Operands
 
@@ -57,8 +58,8 @@ class Backend:
         return []
 
     def notes(self) -> list[str]:
-        """(optional) What the user should know of this backend on this machine, whatever the call: which of its kernels serve, and what they
-        have been verified on. Asked only where it is available; shown by `hetero-attn doctor`.
+        """(optional) What the user should know of this backend on this machine, whatever the call: which of its kernels serve, and
+        what they have been verified on. Asked only where it is available; shown by `hetero-attn doctor`.
         """
         return []
 
@@ -82,12 +83,31 @@ class Backend:
         """
         return linear(x, weight, bias, out)
 
+    def codec_kernels(self, device: str) -> Any | None:
+        """(optional) What packs partial sums for the wire, for tensors on a device type; None = nothing. Asked only where the backend is
+        available. An object with the four methods of hetero_attn.collectives.codec.definition.TorchKernels, which is their meaning: the
+        same bytes, and the same fp32 values from them, to the bit, since the ranks of a group may differ in backend. Tensors are contiguous.
+
+            pack_groups(values [n], bits, body) -> bool                     False where a value is NaN or Inf
+            unpack_groups(body, bits, out fp32 [n], accumulate)             written, or added to
+            pack_features(values [n], first, table, body) -> int            how many values saturated; -1 where one is NaN or Inf
+            unpack_features(body, first, table, out fp32 [n], accumulate)
+        """
+        return None
+
     def kernels(self) -> list[Kernel]:
         """(optional) Every native kernel of this backend that a compiler for this processor family can build, whether or not this machine
         will use it: `used_here` says that, `arch` is the label ('avx2'). `hetero-attn build` and prebuilt wheels go by this list, so it
         touches no device and compiles nothing. At run time a backend calls Kernel.load() and turns a BuildError into a reason.
         """
         return []
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+        """(optional) x [..., C], weight [C] -> [..., C] in x's dtype, as hetero_attn.norm.rms_norm defines it, orders of rounding included.
+
+        The decoder's norms run where its products do; this default is plain torch.
+        """
+        return rms_norm(x, weight, eps, weight_offset)
 
     def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
         """(optional) A communicator that wraps `base`, the torch.distributed one; or the reasons why there is none."""

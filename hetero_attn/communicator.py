@@ -82,6 +82,12 @@ class Communicator:
         self.failure: CommunicatorError | None = None     # the first failure of any collective; the group is broken from then on
         self.wrapper_doing: Callable[[], str] | None = None   # what a wrapper is at, in words, for ranks that ask; '' = no call of its own
 
+    @property
+    def codecs(self) -> Any | None:
+        """(optional) What packs partial sums for the wire (hetero_attn.collectives.codec.Codecs), whose `calibration` a model sets and
+        whose `traffic` counts; None where nothing does."""
+        return None if self.base is None else self.base.codecs
+
     # ---- who owns what -------------------------------------------------------------------------------------------------
 
     def rows(self, total: int) -> slice:

@@ -67,6 +67,7 @@ class Link:
 
     latency_ms: float | None = setting("One message's way from rank to rank, milliseconds; null = not measured", default=None, minimum=0)
     message_ms: float | None = setting("What sending or receiving a message costs beside, milliseconds", default=None, minimum=0)
+    crowd_ms: float | None = setting("What any rank's message costs all (shared processors), milliseconds", default=None, minimum=0)
     bandwidth_mbps: float | None = setting("A rank's link while all ranks send, 10^6 bit/s; null = beyond measuring", default=None, above=0)
     root_mbps: float | None = setting("What one rank takes in from all others at once, 10^6 bit/s", default=None, above=0)
     hosts: tuple[str, ...] = setting("Rank and host name of each rank when it was measured, as in '0 alpha'", default=())

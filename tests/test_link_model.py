@@ -13,7 +13,7 @@ from hetero_attn import cli
 from hetero_attn.collectives import algorithms, tuning
 from hetero_attn.collectives.choice import NARROW, NATIVE, WIDE, Choice, Fixed, Route, Table, from_json
 from hetero_attn.collectives.cost import CANDIDATES, CodecCost, LinkModel, Load, as_settings, fit, from_settings, load, predict
-from hetero_attn.collectives.link import Point
+from hetero_attn.collectives.link import Point, samples_of
 from hetero_attn.collectives.tuning import SIZES, Survey, from_profile
 from hetero_attn.collectives.wire import AHEAD_BYTES
 from hetero_attn.profile import DeviceProfile, ProfileError, load_profile, save_overlay
@@ -50,6 +50,12 @@ def test_messages_and_widening_are_counted():
     assert load("all_reduce", "two_shot", 4, 4000) == load("all_reduce", "two_shot", 4, 4000, widening=2.0)
 
 
+def test_all_ranks_messages_are_counted():
+    crowded = LinkModel(0.0, 0.0, 0.0, 0.0, 1e-3)
+    counts = {each: round(predict(crowded, "all_reduce", Route(each), 8, ROW) * 1e3) for each in CANDIDATES["all_reduce"]}
+    assert counts == {"one_shot": 112, "two_shot": 224, "star": 28, "ring": 224, "tree": 28, NATIVE: 224}
+
+
 def test_long_messages_are_not_received_ahead():
     short, long = (load("all_reduce", "one_shot", 4, nbytes).hops for nbytes in (AHEAD_BYTES, AHEAD_BYTES + 1))
     assert (short, long) == (1, 2)
@@ -80,13 +86,14 @@ def test_a_codec_shrinks_bytes_and_costs_time():
 
 @pytest.mark.parametrize("planted", [
     LinkModel(1e-3, 8 / 300e6, 8 / 300e6, 1e-4), LinkModel(5e-3, 8 / 300e6, 8 / 100e6, 3e-4), LinkModel(5e-5, 8 / 10e9, 8 / 10e9, 2e-5),
+    LinkModel(1e-3, 8 / 300e6, 8 / 300e6, 1e-4, 1.5e-5),
 ])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_a_planted_link_is_found_again(planted, world_size):
     """From what a survey measures, with a tenth of noise and one sample three times too slow: points not fitted to within 30 %."""
     noise = random.Random(world_size)
     calibrated = [load("all_reduce", algorithm, world_size, nbytes) for algorithm, nbytes in tuning.CALIBRATED]
-    loads = [Load(hops=2, messages=4), Load(hops=1, nbytes=1 << 16, messages=2), Load(hops=1, nbytes=1 << 18, messages=2), *calibrated]
+    loads = [*(each for each, _ in samples_of(world_size, [1.0], [(1 << 16, 1.0), (1 << 18, 1.0)], [])), *calibrated]
     samples = [(each, planted.seconds(each) * noise.uniform(0.9, 1.1)) for each in loads]
     samples[3] = samples[3][0], samples[3][1] * 3
     found = fit(samples)
@@ -106,7 +113,7 @@ def test_a_fit_is_never_negative_and_needs_samples():
 def test_settings_round_trip():
     again = from_settings(**as_settings(LinkModel(1.23e-3, 8 / 3e8, 8 / 2e8, 0.0)))
     assert (again.latency_s, again.byte_s, again.root_byte_s) == pytest.approx((1.23e-3, 8 / 3e8, 8 / 2e8))
-    assert from_settings(1.0, 0.1, None, None).byte_s == 0.0
+    assert from_settings(1.0, 0.1, 0.0, None, None).byte_s == 0.0
 
 
 # ---- the choice
@@ -218,14 +225,16 @@ def test_a_damaged_measurement_is_refused():
 
 
 def in_ranks(communicator, hosts):
-    """A survey, and what settle() makes of three profiles; every rank's table and the bits of a sum by it."""
+    """A survey, and what settle() makes of several profiles; every rank's table and the bits of a sum by it."""
     found = tuning.survey(communicator, hosts)
     assert isinstance(communicator.choice, Choice) and communicator.choice.pick("all_reduce", 1, torch.float32).algorithm == NATIVE
     settled = []
     plain = DeviceProfile(name="any", device="cpu")
-    for algorithm, worth_measuring in (("auto", True), ("auto", False), ("star", True)):
+    asked = (("auto", "none", True), ("auto", "none", False), ("star", "none", True), ("auto", "int8_group32", True),
+             ("auto", "auto", True), ("auto", "int4_group32", False))
+    for algorithm, codec, worth_measuring in asked:
         # Other ranks' profiles are ignored: all follow rank 0.
-        profile = plain if communicator.rank else DeviceProfile(name="mine", device="cpu", algorithm=algorithm)
+        profile = plain if communicator.rank else DeviceProfile(name="mine", device="cpu", algorithm=algorithm, codec=codec)
         settled.append(tuning.settle(communicator, profile, hosts, worth_measuring=worth_measuring))
     communicator.choice = settled[0][0]
     communicator.all_reduce(torch.ones(5000))
@@ -241,10 +250,13 @@ def test_all_ranks_settle_on_rank_0s_choice():
     assert not any(outcome.error for outcome in outcomes), outcomes
     tables, sources, timed, (numbers, found_hosts) = outcomes[0].result
     assert all(outcome.result[0] == tables for outcome in outcomes)
-    assert [json.loads(text)["kind"] for text in tables] == ["table", NATIVE, "fixed"]
+    assert [json.loads(text)["kind"] for text in tables] == ["table", NATIVE, "fixed", "table", "table", "fixed"]
+    named = from_json(tables[3])
+    assert [named.pick(each, ROW, torch.float32).codec for each in ("all_reduce", "all_gather")] == ["int8_group32", "none"]
+    assert from_json(tables[5]).pick("all_reduce", ROW, torch.bfloat16) == Route("two_shot", "int4_group32")
     assert sources[0].startswith("measured at start-up in ") and "one host" in sources[1] and "names it" in sources[2]
     assert {("all_reduce", each) for each in ("one_shot", "two_shot", "star", "ring")} <= set(timed)
-    assert numbers["latency_ms"] + numbers["message_ms"] > 0 and len(set(found_hosts)) == 1
+    assert numbers["latency_ms"] + numbers["message_ms"] + numbers["crowd_ms"] > 0 and len(set(found_hosts)) == 1
 
 
 @pytest.mark.ranks

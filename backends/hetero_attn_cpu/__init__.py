@@ -15,11 +15,13 @@ from torch.autograd import forward_ad
 from hetero_attn.backend import Backend
 from hetero_attn.communicator import Communicator
 from hetero_attn.jit import Kernel
+from hetero_attn.norm import rms_norm as torch_rms_norm
 from hetero_attn.product import linear as torch_linear
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.spec import AttentionSpec, Operands, dtype_name
 from hetero_attn_cpu import calls
 from hetero_attn_cpu.abi import DTYPES
+from hetero_attn_cpu.codec_calls import CodecCalls
 from hetero_attn_cpu.instruction_sets import BY_NAME, InstructionSet, asked, of_this_cpu, of_this_family
 from hetero_attn_cpu.library import Library, kernel, load
 from hetero_attn_cpu.selection import Selected, select
@@ -100,6 +102,17 @@ class CpuBackend(Backend):
         """Collectives in shared memory for ranks on one host; or why these ranks cannot have them. All ranks call it together."""
         return shared_memory_communicator(base, profile, self._loaded().shared)
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+        """hetero_attn.norm.rms_norm, to the same order of rounding: one call where torch makes eight, which is what a decode step feels."""
+        if not _plain(x.dtype, x, weight) or weight.shape != x.shape[-1:] or not x.numel() or weight.stride(0) != 1:
+            return torch_rms_norm(x, weight, eps, weight_offset)
+        rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
+        return calls.rms_norm(self._library or self._loaded(), rows, weight, eps, weight_offset).view(x.shape)
+
+    def codec_kernels(self, device: str) -> CodecCalls | None:
+        """Packing for the wire in native code, for tensors on the CPU."""
+        return self._loaded().codec if device == "cpu" else None
+
     def kernels(self) -> list[Kernel]:
         """One a set of this processor family. Raises InstructionSetError where the environment names one that cannot be."""
         used = asked(self._asked) or of_this_cpu()[0]
@@ -113,20 +126,24 @@ class CpuBackend(Backend):
         return selected.library
 
 
-def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> bool:
-    """Whether the kernels take this product: plain CPU tensors of one dtype that fit together, and nobody traces or differentiates."""
-    dtype = x.dtype
+def _plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
+    """Whether the kernels may read these tensors: plain CPU tensors of one dtype, and nobody traces or differentiates."""
     if dtype not in DTYPES or torch.compiler.is_compiling() or _dispatch_modes() or _autocast() or _transform_level() is not None:
         return False
     grad = torch.is_grad_enabled()
-    for each in (x, weight, bias, out):
+    for each in tensors:
         if each is None:
             continue
         if type(each) not in _PLAIN or each.dtype != dtype or not each.is_cpu or each.layout is not torch.strided or each.is_neg():
             return False
         if grad and each.requires_grad:
             return False
-    if forward_ad._current_level >= 0 or weight.dim() != 2 or not x.dim():
+    return forward_ad._current_level < 0
+
+
+def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> bool:
+    """Whether the kernels take this product: plain tensors that fit together."""
+    if not _plain(x.dtype, x, weight, bias, out) or weight.dim() != 2 or not x.dim():
         return False
     N, K = weight.shape
     if x.shape[-1] != K or not x.numel() or not N or weight.stride(1) != 1:

@@ -11,7 +11,7 @@ import struct
 
 import torch
 
-ABI_VERSION = 1                                      # abi.h's
+ABI_VERSION = 2                                      # abi.h's
 DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}                     # HaDtype of q, k, v and out; x, weight, bias and y
 MASK_DTYPES = {**DTYPES, torch.bool: 4, torch.float64: 5}
 STATUS = {1: "it was built for another ABI version", 2: "out of memory", 3: "unknown dtype"}
@@ -35,6 +35,11 @@ LINEAR = (
     ("x", "pointer", 1), ("weight", "pointer", 1), ("bias", "pointer", 1), ("y", "pointer", 1),
     ("x_stride", "int64", 1), ("weight_stride", "int64", 1), ("y_stride", "int64", 1), ("parallel", "pointer", 1),
 )
+NORM = (
+    ("abi_version", "int32", 1), ("dtype", "int32", 1), ("threads", "int32", 1), ("reserved", "int32", 1),
+    ("rows", "int64", 1), ("channels", "int64", 1), ("x_stride", "int64", 1),
+    ("x", "pointer", 1), ("weight", "pointer", 1), ("y", "pointer", 1), ("eps", "float", 1), ("offset", "float", 1), ("parallel", "pointer", 1),
+)
 _CODES = {"int32": "i", "int64": "q", "float": "f", "pointer": "Q"}
 
 
@@ -45,9 +50,11 @@ def format_of(fields: tuple[tuple[str, str, int], ...]) -> str:
 
 _attention = struct.Struct(format_of(ATTENTION))
 _linear = struct.Struct(format_of(LINEAR))
+_norm = struct.Struct(format_of(NORM))
 pack_attention = _attention.pack                     # the values of ATTENTION's fields, arrays spread -> bytes
 pack_linear = _linear.pack
-ATTENTION_BYTES, LINEAR_BYTES = _attention.size, _linear.size
+pack_norm = _norm.pack
+ATTENTION_BYTES, LINEAR_BYTES, NORM_BYTES = _attention.size, _linear.size, _norm.size
 
 
 def fields_of(fields: tuple[tuple[str, str, int], ...], packed: bytes) -> dict[str, int | float | list]:

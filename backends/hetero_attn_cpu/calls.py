@@ -124,3 +124,16 @@ def linear(library: Library, x: torch.Tensor, weight: torch.Tensor, bias: torch.
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
         x.stride(0), weight.stride(0), out.stride(0), library.parallel,
     ))
+
+
+def rms_norm(library: Library, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+    """x [rows, channels] with unit stride along channels, weight [channels] contiguous, one dtype of abi.DTYPES -> [rows, channels].
+
+    Raises MemoryError.
+    """
+    y = _empty(x.shape, dtype=x.dtype, device=_CPU)
+    library.rms_norm(abi.pack_norm(
+        _VERSION, _DTYPES[x.dtype], _threads(), 0, x.shape[0], x.shape[1], x.stride(0), x.data_ptr(), weight.data_ptr(), y.data_ptr(),
+        eps, weight_offset, library.parallel,
+    ))
+    return y

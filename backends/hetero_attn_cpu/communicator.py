@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -56,7 +56,9 @@ class SharedMemoryCommunicator(Communicator):
         self._base = base                            # `base` itself may be exchanged before close(); failures and order are this one's
         self._calls, self._segments = calls, segments
         this = weakref.ref(self)
-        self._waiting = WAITING(lambda missing: getattr(this(), "_wait_on", lambda missing: 1)(missing))
+        answers = _answers(this)
+        next(answers)
+        self._waiting = WAITING(answers.send)
         self._group: int | None = calls.group_open(
             self.rank, self.world_size, STAGE_BYTES, one_shot_bytes(self.world_size, crowded), crowded, self._waiting
         )
@@ -317,24 +319,19 @@ class SharedMemoryCommunicator(Communicator):
         )
         raise trouble
 
-    def _wait_on(self, missing: int) -> int:
-        """Ten times a second while a call waits, in the thread that made it: 0 to go on. Signals are handled here as ever."""
-        try:
-            now = time.monotonic()
-            if self._waited[0] != self._count:
-                self._waited = (self._count, now - 0.1)
-            if self._closing is not None and now > self._closing:
-                raise RuntimeError("the communicator has been closed")
-            gone = [rank for rank in range(self.world_size) if missing >> rank & 1 and not self._segments[rank].is_held()]
-            if gone:
-                raise RuntimeError(f"rank {', '.join(map(str, gone))} has ended")
-            if now - self._waited[1] > self.timeout_s:
-                late = [rank for rank in range(self.world_size) if missing >> rank & 1]
-                raise RuntimeError(f"rank {', '.join(map(str, late))} did not come")
-            return 0
-        except BaseException as error:               # through C there is no raising it: _settle() does
-            self._trouble = error
-            return 1
+    def _wait_on(self, missing: int) -> None:
+        """Ten times a second while a call waits for the ranks in `missing` (bits): raises when there is nothing to wait for any more."""
+        now = time.monotonic()
+        if self._waited[0] != self._count:
+            self._waited = (self._count, now - 0.1)
+        if self._closing is not None and now > self._closing:
+            raise RuntimeError("the communicator has been closed")
+        late = [rank for rank in range(self.world_size) if missing >> rank & 1]
+        gone = [rank for rank in late if not self._segments[rank].is_held()]
+        if gone:
+            raise RuntimeError(f"rank {', '.join(map(str, gone))} has ended")
+        if now - self._waited[1] > self.timeout_s:
+            raise RuntimeError(f"rank {', '.join(map(str, late))} did not come")
 
     def _grow(self, wanted: int) -> None:
         """One more segment of every rank, `wanted` bytes each: all ranks are here, in the same call. Without room nothing changes."""
@@ -375,6 +372,25 @@ class SharedMemoryCommunicator(Communicator):
         for each in self._segments:
             each.release()
         self._segments, self._added = [], []
+
+
+def _answers(this: weakref.ref) -> Generator[int, int, None]:
+    """What the waiting kernel calls, by send(): 0 to go on, 1 to give up; _settle() then raises what has happened.
+
+    A generator, because a signal's exception (Ctrl-C) comes up at the first instruction of a Python function, where no `try` of its
+    own can catch it, and no exception passes through C. A generator that is resumed is inside its `try` already.
+    """
+    answer = 0
+    while True:
+        try:
+            missing = yield answer
+            this()._wait_on(missing)
+            answer = 0
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            this()._trouble = error
+            answer = 1
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,15 @@ import torch
 
 from hetero_attn.jit import BuildError, Kernel
 from hetero_attn_cpu import abi
+from hetero_attn_cpu.codec_calls import CodecCalls
 from hetero_attn_cpu.instruction_sets import InstructionSet
 from hetero_attn_cpu.shared_calls import SharedCalls
 
 FLAGS_VARIABLE = "HETERO_ATTN_CPU_FLAGS"
-SOURCES = ("cpu/attention_bf16.cpp", "cpu/attention_f16.cpp", "cpu/attention_f32.cpp", "cpu/attention.cpp", "cpu/linear.cpp",
-           "cpu/shared_memory.cpp", "cpu/library.cpp")
+SOURCES = (
+    "cpu/attention_bf16.cpp", "cpu/attention_f16.cpp", "cpu/attention_f32.cpp", "cpu/attention.cpp", "cpu/linear.cpp",
+    "cpu/norm.cpp", "cpu/shared_memory.cpp", "cpu/codec.cpp", "cpu/library.cpp",
+)                                                    # the slowest to compile first: they are compiled side by side
 # a * b + c is one rounding whatever compiler builds it; no errno from expf, no floating-point traps to keep in order; NaN and Inf as ever.
 FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 RUNTIMES = ("libgomp", "libomp", "libiomp5")         # each exports GOMP_parallel on Linux
@@ -43,7 +46,7 @@ def kernel(each: InstructionSet, *, used_here: bool = True) -> Kernel:
 
 class Library:
     """A loaded object. attention() and linear() take a packed struct (abi.py), whose memory the caller keeps alive; `shared` holds the
-    functions of the shared-memory collectives."""
+    functions of the shared-memory collectives, `codec` those of the low-bit codecs."""
 
     def __init__(self, object_: ctypes.CDLL, instruction_set: InstructionSet, parallel: int) -> None:
         """Raises BuildError if the object is not what its name says."""
@@ -51,15 +54,17 @@ class Library:
         self.parallel = parallel                     # address of GOMP_parallel; 0: the calling thread alone
         name, layout = object_.hetero_attn_cpu_instruction_set, object_.hetero_attn_cpu_layout
         name.restype, layout.restype, layout.argtypes = ctypes.c_char_p, ctypes.c_int64, (ctypes.c_int32,)
-        found, expected = [layout(which) for which in range(3)], [abi.ABI_VERSION, abi.ATTENTION_BYTES, abi.LINEAR_BYTES]
+        found, expected = [layout(which) for which in range(4)], [abi.ABI_VERSION, abi.ATTENTION_BYTES, abi.LINEAR_BYTES, abi.NORM_BYTES]
         if found != expected:
             raise BuildError(f"kernel cpu-{instruction_set.name}: ABI version and struct sizes are {found}, expected {expected}; "
                              f"csrc/ and the package are of different versions: reinstall hetero-attn")
         if name().decode() != instruction_set.name:
             raise BuildError(f"kernel cpu-{instruction_set.name}: the compiler made {name().decode()!r} of it; name another by CXX")
         self.shared = SharedCalls(object_)
+        self.codec = CodecCalls(object_)
         self._attention, self._linear = object_.hetero_attn_cpu_attention, object_.hetero_attn_cpu_linear
-        for function in (self._attention, self._linear):
+        self._norm = object_.hetero_attn_cpu_rms_norm
+        for function in (self._attention, self._linear, self._norm):
             function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int
 
     def attention(self, packed: bytes) -> None:
@@ -73,6 +78,12 @@ class Library:
         status = self._linear(packed)
         if status:
             self._refused("linear", status)
+
+    def rms_norm(self, packed: bytes) -> None:
+        """Run an HaNorm. Raises CallError, and MemoryError."""
+        status = self._norm(packed)
+        if status:
+            self._refused("rms_norm", status)
 
     def _refused(self, what: str, status: int) -> None:
         text = f"cpu kernels ({self.instruction_set.name}): {what}: {abi.STATUS.get(status, f'status {status}')}"

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#define HETERO_ATTN_CPU_ABI_VERSION 1
+#define HETERO_ATTN_CPU_ABI_VERSION 2
 
 extern "C" {
 
@@ -54,11 +54,22 @@ struct HaLinear {
     HaParallel parallel;
 };
 
+// y [rows, channels] = rms_norm(x [rows, channels], weight [channels]), one dtype for the three; x_stride between rows, y is contiguous.
+struct HaNorm {
+    int32_t abi_version, dtype, threads, reserved;
+    int64_t rows, channels, x_stride;
+    const void *x, *weight;
+    void* y;
+    float eps, offset;                       // offset 0: Llama's order of rounding, else Gemma's (weight + offset)
+    HaParallel parallel;
+};
+
 // All return 0, or a nonzero code: 1 wrong ABI version, 2 out of memory, 3 unknown dtype.
 __attribute__((visibility("default"))) int hetero_attn_cpu_attention(const HaAttention* call);
 __attribute__((visibility("default"))) int hetero_attn_cpu_linear(const HaLinear* call);
+__attribute__((visibility("default"))) int hetero_attn_cpu_rms_norm(const HaNorm* call);
 
-// What this object was built for, e.g. "avx512bf16"; and its layout: which = 0 ABI version, 1 sizeof(HaAttention), 2 sizeof(HaLinear).
+// What this object was built for, e.g. "avx512bf16"; and its layout: which = 0 ABI version, 1 sizeof(HaAttention), 2 sizeof(HaLinear), 3 sizeof(HaNorm).
 __attribute__((visibility("default"))) const char* hetero_attn_cpu_instruction_set(void);
 __attribute__((visibility("default"))) int64_t hetero_attn_cpu_layout(int32_t which);
 }

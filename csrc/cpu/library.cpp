@@ -9,6 +9,7 @@ extern "C" int64_t hetero_attn_cpu_layout(int32_t which) {
         case 0: return HETERO_ATTN_CPU_ABI_VERSION;
         case 1: return sizeof(HaAttention);
         case 2: return sizeof(HaLinear);
+        case 3: return sizeof(HaNorm);
     }
     return -1;
 }

@@ -17,6 +17,7 @@ import torch
 from hetero_attn import registry
 from hetero_attn.cli.errors import CommandError
 from hetero_attn.communicator import Communicator
+from hetero_attn.models.calibration import CALIBRATED, find_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import generation_config, prompt_ids
@@ -67,6 +68,8 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     checkpoint = Checkpoint(args.model)
     profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=config.path.resolve().name)
     device = present_device(args.device if args.device is not None else profile.device)
+    if profile.codec == CALIBRATED and world_size > 1 and rank == 0:
+        find_calibration(profile, config, world_size, device)
     if device.type != profile.device:
         raise CommandError(f"--device is {args.device}, profile {profile.name!r} is for {profile.device}; leave one of the two out")
     vocabulary = args.vocabulary or profile.vocabulary

@@ -73,6 +73,9 @@ def drive(driver: Driver, request: Request, load_s: float) -> None:
     if request.json:
         report_json(request, results, load_s)
     report_speed(request, results)
+    packed = driver.model.communicator.codecs
+    if packed is not None and packed.traffic.sites:
+        print(f"codec, on rank 0: {packed.traffic.summary()}", file=sys.stderr, flush=True)
 
 
 def in_own_ranks(request: Request) -> int:

@@ -28,9 +28,21 @@ class Coding:
         """Contiguous values [count] as uint8 [size]; may share memory with them."""
         raise NotImplementedError
 
+    def encode_pieces(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Sequence[torch.Tensor | None]:
+        """Each run of counts[i] of contiguous values [sum of counts], encoded by itself as from firsts[i] on; None for an empty run."""
+        pieces = zip(values.split(counts), firsts)
+        return [self.encode(piece, first) if piece.numel() else None for piece, first in pieces]
+
     def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
         """What `sender` encoded, as a tensor [count] of the call's dtype, or fp32 where that is 16 bits wide; may share memory."""
         raise NotImplementedError
+
+    def total(self, payloads: Sequence[torch.Tensor], first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """The sum of what all ranks encoded, payloads in rank order, as sum_in_rank_order() takes it: [count] of `dtype`."""
+        return sum_in_rank_order([self.decode(payload, sender, first, count) for sender, payload in enumerate(payloads)], dtype)
+
+    def finish(self) -> None:
+        """The call's messages are all through, on every rank: the time to raise what a payload could only say. Default: nothing."""
 
 
 class Plain(Coding):
@@ -46,6 +58,10 @@ class Plain(Coding):
 
     def encode(self, values: torch.Tensor, first: int, stage: str = PARTIAL) -> torch.Tensor:
         return values.view(torch.uint8)
+
+    def encode_pieces(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Sequence[torch.Tensor | None]:
+        item = self.dtype.itemsize
+        return values.view(torch.uint8).split([count * item for count in counts])
 
     def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
         return payload.view(self.dtype)

@@ -1,10 +1,11 @@
 """The cost model: what a collective loads on the busiest rank and its link, and how long that takes on a link of given numbers.
 
-    seconds = hops·α + bytes/B + root bytes/B_root + messages·o + coded bytes·c
+    seconds = hops·α + bytes/B + root bytes/B_root + messages·o + all ranks' messages·p + coded bytes·c
 
 α is one latency, B what a rank's link carries while all ranks send, B_root what one rank takes in from all at once, o the cost of every
-message sent or received on the busiest rank, c what a codec takes for a byte of values. After TPI-LLM's model, which leaves out o; gloo
-does not. Pure functions: the numbers come from link.py, and what they predict is checked against the clock in tuning.py.
+message sent or received on the busiest rank, p what any message costs everybody (ranks that share processors), c what a codec takes for a
+byte of values. After TPI-LLM's model, which leaves out messages; gloo does not. Pure functions: the numbers come from link.py, and what
+they predict is checked against the clock in tuning.py.
 """
 
 from __future__ import annotations
@@ -29,28 +30,30 @@ CANDIDATES = {
 
 class Load(NamedTuple):
     """What a call asks of the busiest rank. hops: latencies one after the other; nbytes, root_bytes: through its link; messages: sent and
-    received; coded: bytes of values that go through a codec."""
+    received; coded: bytes of values that go through a codec. crowd: messages sent and received by all ranks together."""
 
     hops: float = 0.0
     nbytes: float = 0.0
     root_bytes: float = 0.0
     messages: float = 0.0
     coded: float = 0.0
+    crowd: float = 0.0
 
 
 @dataclass(frozen=True)
 class LinkModel:
-    """The link's numbers, in seconds and bytes: α, 1/B, 1/B_root, o."""
+    """The link's numbers, in seconds and bytes: α, 1/B, 1/B_root, o, p."""
 
     latency_s: float
     byte_s: float
     root_byte_s: float
     message_s: float
+    crowd_s: float = 0.0
 
     def seconds(self, load: Load, coded_byte_s: float = 0.0) -> float:
         """How long a load takes; coded_byte_s: the codec's seconds for a byte of values."""
         return (load.hops * self.latency_s + load.nbytes * self.byte_s + load.root_bytes * self.root_byte_s
-                + load.messages * self.message_s + load.coded * coded_byte_s)
+                + load.messages * self.message_s + load.crowd * self.crowd_s + load.coded * coded_byte_s)
 
 
 class CodecCost(NamedTuple):
@@ -100,7 +103,10 @@ def load(operation: str, algorithm: str, world_size: int, nbytes: float, *, wide
         asked = (operation, "one_shot")
     each = share if algorithm in ("two_shot", "ring") or operation in ("reduce_scatter", "all_gather") else whole
     late = algorithm != NATIVE and each * ratio > AHEAD_BYTES            # receives of long messages are posted as the call begins
-    return found[asked]._replace(hops=found[asked].hops + late)
+    # Where all pairs talk, or neighbours in step, every rank is as busy as the busiest; in a star or a tree each message has two ends.
+    everywhere = (asked[1] in ("one_shot", "two_shot", "ring", NATIVE) and operation != "broadcast") or asked[1] == "two_shot"
+    ends = world_size * found[asked].messages if everywhere else (2 if operation == "broadcast" else 4) * others
+    return found[asked]._replace(hops=found[asked].hops + late, crowd=ends)
 
 
 def predict(
@@ -122,7 +128,7 @@ def fit(samples: Sequence[tuple[Load, float]]) -> LinkModel:
     """
     if not samples:
         raise ValueError("a link is fitted to measured samples, got none")
-    terms = torch.tensor([[each.hops, each.nbytes, each.root_bytes, each.messages] for each, _ in samples], dtype=torch.float64)
+    terms = torch.tensor([[each.hops, each.nbytes, each.root_bytes, each.messages, each.crowd] for each, _ in samples], dtype=torch.float64)
     rows = terms / torch.tensor([[seconds] for _, seconds in samples], dtype=torch.float64)            # each sample's target is 1
     scale = rows.abs().amax(0).clamp(min=1e-300)
     rows = rows / scale
@@ -130,12 +136,12 @@ def fit(samples: Sequence[tuple[Load, float]]) -> LinkModel:
     for _ in range(12):
         solution = _least_squares(rows, weights)
         weights = 1.0 / (rows @ solution - 1).abs().clamp(min=0.03)
-    latency_s, byte_s, root_byte_s, message_s = (solution / scale).tolist()
-    return LinkModel(latency_s, byte_s, root_byte_s or byte_s, message_s)
+    latency_s, byte_s, root_byte_s, message_s, crowd_s = (solution / scale).tolist()
+    return LinkModel(latency_s, byte_s, root_byte_s or byte_s, message_s, crowd_s)
 
 
 def _least_squares(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The non-negative x that minimises sum of weights·(rows x - 1)^2. With four unknowns every set of zeros can be tried."""
+    """The non-negative x that minimises sum of weights·(rows x - 1)^2. With five unknowns every set of zeros can be tried."""
     best, least = torch.zeros(rows.shape[1], dtype=rows.dtype), torch.inf
     root = weights.sqrt()
     for kept in range(1, 1 << rows.shape[1]):
@@ -150,7 +156,7 @@ def _least_squares(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def as_settings(link: LinkModel) -> dict[str, float]:
     """A link as the profile holds it: milliseconds and 10^6 bit/s, four figures."""
-    rounded = {"latency_ms": link.latency_s * 1e3, "message_ms": link.message_s * 1e3}
+    rounded = {"latency_ms": link.latency_s * 1e3, "message_ms": link.message_s * 1e3, "crowd_ms": link.crowd_s * 1e3}
     if link.byte_s > 0:
         rounded["bandwidth_mbps"] = 8e-6 / link.byte_s
     if link.root_byte_s > 0:
@@ -158,9 +164,11 @@ def as_settings(link: LinkModel) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in rounded.items()}
 
 
-def from_settings(latency_ms: float, message_ms: float, bandwidth_mbps: float | None, root_mbps: float | None) -> LinkModel:
+def from_settings(
+    latency_ms: float, message_ms: float, crowd_ms: float, bandwidth_mbps: float | None, root_mbps: float | None
+) -> LinkModel:
     """The link of as_settings()'s numbers; None = no limit that could be measured."""
     return LinkModel(latency_ms * 1e-3, 8e-6 / bandwidth_mbps if bandwidth_mbps else 0.0, 8e-6 / root_mbps if root_mbps else 0.0,
-                     message_ms * 1e-3)
+                     message_ms * 1e-3, crowd_ms * 1e-3)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hetero_attn.collectives.coding import SUM, Coding, sum_in_rank_order
+from hetero_attn.collectives.coding import SUM, Coding
 from hetero_attn.collectives.wire import Arrival, Pending, Wire, received, release
 from hetero_attn.communicator import shard_counts
 
@@ -34,7 +34,7 @@ def one_shot(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:
     wire.replenish()
     yield Pending(received(arrivals.values()) + works)
     payloads = {wire.rank: own} | {peer: arrival.payload for peer, arrival in arrivals.items()}
-    flat.copy_(sum_in_rank_order([coding.decode(payloads[rank], rank, 0, count) for rank in range(wire.world_size)], flat.dtype))
+    flat.copy_(coding.total([payloads[rank] for rank in range(wire.world_size)], 0, count, flat.dtype))
     release(arrivals.values())
 
 
@@ -50,27 +50,28 @@ def two_shot(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:
 def expect_pieces(wire: Wire, coding: Coding, counts: list[int]) -> Expected:
     """Every peer's summand of this rank's piece."""
     own = counts[wire.rank]
-    return {peer: wire.expect(peer, coding.size(starts(counts)[wire.rank], own)) for peer in wire.peers if own}
+    nbytes = coding.size(starts(counts)[wire.rank], own) if own else 0
+    return {peer: wire.expect(peer, nbytes) for peer in wire.peers} if own else {}
 
 
 def expect_all(wire: Wire, coding: Coding, counts: list[int]) -> Expected:
     """Every peer's whole piece."""
-    return {peer: wire.expect(peer, coding.size(starts(counts)[peer], counts[peer], SUM)) for peer in wire.peers if counts[peer]}
+    first = starts(counts)
+    return {peer: wire.expect(peer, coding.size(first[peer], counts[peer], SUM)) for peer in wire.peers if counts[peer]}
 
 
 def reduce_scatter(wire: Wire, coding: Coding, flat: torch.Tensor, counts: list[int], arrivals: Expected | None = None) -> Steps:
     """flat [sum of counts] of each rank -> the sum of this rank's piece [counts[rank]], in flat's dtype."""
     arrivals = expect_pieces(wire, coding, counts) if arrivals is None else arrivals
-    pieces, first = flat.split(counts), starts(counts)
-    works = [wire.send(coding.encode(pieces[peer], first[peer]), peer) for peer in wire.peers if counts[peer]]
+    rank, count, first = wire.rank, counts[wire.rank], starts(counts)
+    payloads = coding.encode_pieces(flat, counts, first)
+    works = [wire.send(payloads[peer], peer) for peer in wire.peers if counts[peer]]
     wire.replenish()
     yield Pending(received(arrivals.values()) + works)
-    own, rank, count = pieces[wire.rank], wire.rank, counts[wire.rank]
     if not count:
-        return own.clone()
-    mine = own if coding.lossless else coding.decode(coding.encode(own, first[rank]), rank, first[rank], count)
-    parts = {rank: mine} | {peer: coding.decode(arrival.payload, peer, first[rank], count) for peer, arrival in arrivals.items()}
-    total = sum_in_rank_order([parts[each] for each in range(wire.world_size)], flat.dtype)
+        return flat[:0].clone()
+    of = {rank: payloads[rank]} | {peer: arrival.payload for peer, arrival in arrivals.items()}
+    total = coding.total([of[each] for each in range(wire.world_size)], first[rank], count, flat.dtype)
     release(arrivals.values())
     return total
 
@@ -85,12 +86,18 @@ def all_gather(
     works = [wire.send(payload, peer) for peer in wire.peers] if payload is not None else []
     wire.replenish()
     yield Pending(received(arrivals.values()) + works)
-    for rank, piece in enumerate(out.split(counts)):
-        if rank in arrivals:
-            piece.copy_(coding.decode(arrivals[rank].payload, rank, first[rank], counts[rank], SUM))
-        elif rank == wire.rank and payload is not None:
-            piece.copy_(own if coding.lossless else coding.decode(payload, rank, first[rank], counts[rank], SUM))
+    payloads = {peer: arrival.payload for peer, arrival in arrivals.items()} | ({} if payload is None else {wire.rank: payload})
+    parts = [coding.decode(payloads[rank], rank, first[rank], counts[rank], SUM) for rank in sorted(payloads)]
+    _join(parts, own, out)
     release(arrivals.values())
+
+
+def _join(parts: list[torch.Tensor], own: torch.Tensor, out: torch.Tensor) -> None:
+    """Write parts one after the other into out; `own` may lie in it, where torch.cat would refuse to read and write the same memory."""
+    if own.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
+        out.copy_(torch.cat(parts))
+    else:
+        torch.cat(parts, out=out)
 
 
 def broadcast(wire: Wire, flat: torch.Tensor, src: int) -> Steps:

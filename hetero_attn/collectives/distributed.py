@@ -23,6 +23,7 @@ import torch.distributed as dist
 from hetero_attn.collective_arguments import MAX_DIMS, check_dim, check_rank, check_rows, check_sizes, check_sum, check_tensor
 from hetero_attn.collectives.background import CommunicationThread
 from hetero_attn.collectives.choice import Choice
+from hetero_attn.collectives.codec import Codecs
 from hetero_attn.collectives.exchange import Exchange, Steps
 from hetero_attn.collectives.liveness import RollCall
 from hetero_attn.collectives.wire import Wire
@@ -129,6 +130,10 @@ class DistributedCommunicator(Communicator):
     @choice.setter
     def choice(self, choice: Choice) -> None:
         self._exchange.choice = choice
+
+    @property
+    def codecs(self) -> Codecs:
+        return self._exchange.codecs
 
     @property
     def bytes_sent(self) -> int:

@@ -9,7 +9,7 @@ dtype moves (as bytes), tensors of devices without a library go through host mem
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from hetero_attn.collective_arguments import agreed_sizes, shape_record
 from hetero_attn.collectives import algorithms
 from hetero_attn.collectives.choice import NATIVE, PLAIN, Choice, Route
+from hetero_attn.collectives.codec import Codecs
 from hetero_attn.collectives.coding import Coding, Plain, sum_in_rank_order
 from hetero_attn.collectives.wire import Wire
 from hetero_attn.communicator import add_and_norm, shard_counts, shard_rows
@@ -42,8 +43,7 @@ class Exchange:
         self.rank, self.world_size, self.group, self.native = rank, world_size, group, native
         self.choice = choice or Choice()
         self.wire = Wire(rank, world_size, group)
-        # Name of a codec -> (site, values in a row of the tensor, dtype) -> the coding of a call.
-        self.codecs: dict[str, Callable[[str, int, torch.dtype], Coding]] = {}
+        self.codecs = Codecs(rank, world_size)
 
     def is_single(self, operation: str, x: torch.Tensor, site: str, nbytes: int) -> bool:
         """Whether the call issues all it sends by its first step. nbytes as Choice.pick takes them."""
@@ -60,7 +60,9 @@ class Exchange:
             if route.algorithm == NATIVE:
                 yield from self._native_sum(flat)
             else:
-                yield from algorithms.all_reduce(route.algorithm, self.wire, self._coding(route, x, site), flat)
+                coding = self._coding(route, x, site)
+                yield from algorithms.all_reduce(route.algorithm, self.wire, coding, flat)
+                coding.finish()
         return _written_back(x, buffer)
 
     def _native_sum(self, flat: torch.Tensor) -> Steps:
@@ -88,7 +90,10 @@ class Exchange:
         if route.algorithm == NATIVE:
             total = yield from self._scatter_native(flat, counts)
         else:
-            total = yield from algorithms.reduce_scatter(route.algorithm, self.wire, self._coding(route, x, site), flat, counts)
+            # With fewer rows than ranks some rank hears from nobody, and would not learn that a codec refused: such calls are short anyway.
+            coding = self._coding(route if min(counts) else Route(route.algorithm), x, site)
+            total = yield from algorithms.reduce_scatter(route.algorithm, self.wire, coding, flat, counts)
+            coding.finish()
         if x.is_complex():
             total = torch.view_as_complex(total.view(-1, 2))
         return total.view(own.stop - own.start, *x.shape[1:]).to(x.device)
@@ -141,9 +146,7 @@ class Exchange:
         dtype = x.dtype.to_real() if x.is_complex() else x.dtype
         if route.codec == PLAIN or not x.dtype.is_floating_point:
             return Plain(dtype)
-        if route.codec not in self.codecs:
-            raise ValueError(f"codec is {route.codec!r}, expected one of {', '.join([PLAIN, *self.codecs])}")
-        return self.codecs[route.codec](site, x.shape[-1] if x.dim() else 1, dtype)
+        return self.codecs.coding(route.codec, site, x.shape[-1] if x.dim() else 1, dtype)
 
     def _gather_flat(self, flat: torch.Tensor, counts: list[int], site: str = "") -> Steps:
         """flat [counts[rank]] of each rank -> all of them [sum of counts] on every rank, in rank order."""

@@ -7,7 +7,7 @@ Every rank measures, the slowest counts, and nothing here takes long: streams gr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
@@ -16,15 +16,17 @@ from typing import NamedTuple
 import torch
 
 from hetero_attn.collectives.choice import Fixed, Route
-from hetero_attn.collectives.cost import CANDIDATES, Load, load
+from hetero_attn.collectives.codec import CALIBRATED, Codecs
+from hetero_attn.collectives.cost import CANDIDATES, CodecCost, Load, load
 from hetero_attn.collectives.direct import Steps
 from hetero_attn.collectives.distributed import DistributedCommunicator
-from hetero_attn.collectives.wire import Pending, Wire
+from hetero_attn.collectives.wire import AHEAD_BYTES, Pending, Wire
 
 PING_BYTES = 64
 STREAM_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 LONG_ENOUGH_S = 0.02                                 # a stream that takes this long tells its rate
-WARM_UP = 2                                          # calls before the clock: receives are then posted ahead
+CODEC_VALUES = 1 << 16
+WARM_UP = 1                                          # calls before the clock: receives are then posted ahead
 
 
 class Point(NamedTuple):
@@ -134,10 +136,29 @@ def chosen(communicator: DistributedCommunicator, route: Route) -> Iterator[None
         communicator.choice = kept
 
 
+def measure_codecs(communicator: DistributedCommunicator, names: Sequence[str]) -> dict[str, CodecCost]:
+    """Bytes on the wire and seconds for a byte of fp32, by the slowest rank's own kernels. The one that needs a calibration, which comes
+    with a model only, is counted as the one of as many bits that needs none."""
+    codecs, found = Codecs(communicator.rank, communicator.world_size), {}
+    values = torch.linspace(-1.0, 1.0, CODEC_VALUES)
+    for name in names:
+        coding = codecs.coding("int4_group32" if name == CALIBRATED else name, "tune", CODEC_VALUES, values.dtype)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            coding.decode(coding.encode(values, 0), communicator.rank, 0, CODEC_VALUES)
+            times.append(time.perf_counter() - began)
+        seconds = slowest(communicator, min(times)) / 2
+        found[name] = CodecCost(coding.size(0, CODEC_VALUES) / values.nbytes, seconds / values.nbytes)
+    return found
+
+
 def samples_of(world_size: int, pings: list[float], streams: list[tuple[int, float]], points: list[Point]) -> list[tuple[Load, float]]:
     """What was measured as loads and seconds, for cost.fit(); of the pings the slowest."""
-    found = [(Load(hops=2, messages=4), max(pings))]
-    found += [(Load(hops=1 + (nbytes > STREAM_BYTES[1]), nbytes=nbytes, messages=2), seconds) for nbytes, seconds in streams]
+    found = [(Load(hops=2, messages=4, crowd=2 * world_size), max(pings))]
+    found += [
+        (Load(hops=1 + (nbytes > AHEAD_BYTES), nbytes=nbytes, messages=2, crowd=2 * world_size), seconds) for nbytes, seconds in streams
+    ]
     return found + [
         (load(point.operation, point.route.algorithm, world_size, point.nbytes), point.seconds)
         for point in points if point.route.algorithm in CANDIDATES[point.operation]

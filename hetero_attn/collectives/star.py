@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from hetero_attn.collectives.coding import SUM, Coding, sum_in_rank_order
+from hetero_attn.collectives.coding import SUM, Coding
 from hetero_attn.collectives.direct import Steps, starts
 from hetero_attn.collectives.wire import Pending, Wire, received, release
 
@@ -60,9 +60,8 @@ def sum_at_root(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:
     count = flat.numel()
     arrivals = {peer: wire.expect(peer, coding.size(0, count)) for peer in wire.peers}
     yield Pending(received(arrivals.values()))
-    own = flat if coding.lossless else coding.decode(coding.encode(flat, 0), ROOT, 0, count)
-    parts = {ROOT: own} | {peer: coding.decode(arrival.payload, peer, 0, count) for peer, arrival in arrivals.items()}
-    total = sum_in_rank_order([parts[rank] for rank in range(wire.world_size)], flat.dtype)
+    payloads = {ROOT: coding.encode(flat, 0)} | {peer: arrival.payload for peer, arrival in arrivals.items()}
+    total = coding.total([payloads[rank] for rank in range(wire.world_size)], 0, count, flat.dtype)
     release(arrivals.values())
     wire.replenish()
     return total

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,9 @@ LARGE_TAG = 63                                       # of all longer messages; a
 
 def size_class(nbytes: int) -> int:
     """The exponent of the smallest power of two that holds nbytes; LARGE_TAG for what is not received ahead."""
-    return (max(nbytes, SMALLEST_BYTES) - 1).bit_length() if nbytes <= AHEAD_BYTES else LARGE_TAG
+    if nbytes > AHEAD_BYTES:
+        return LARGE_TAG
+    return (nbytes - 1).bit_length() if nbytes > SMALLEST_BYTES else SMALLEST_BYTES.bit_length() - 1
 
 
 class Pending:
@@ -44,12 +46,16 @@ class Pending:
         """Return when all are done; a RuntimeError when one fails or the group's time-out (or `timeout` for all together) is over."""
         deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
         with self._lock:                             # a second wait for the same gloo work would wait for a second message
-            while self._works:
-                if deadline is None:
-                    self._works[0].wait()
-                else:
-                    self._works[0].wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-                del self._works[0]
+            for done, work in enumerate(self._works):
+                try:
+                    if deadline is None:
+                        work.wait()
+                    else:
+                        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                except BaseException:
+                    del self._works[:done]
+                    raise
+            self._works = []
 
 
 class Arrival:
@@ -92,7 +98,7 @@ class Wire:
         self.peers = [(rank + step) % world_size for step in range(1, world_size)]      # not everybody begins with rank 0
         self.bytes_sent = 0                          # payload bytes handed to torch.distributed since the beginning
         self.used = False                            # whether anything was ever sent or expected
-        self._group = group
+        self._group, self._calls = group, None
         self._boxes: dict[tuple[int, int], Mailbox] = {}
         self._wanting: list[tuple[int, int]] = []    # boxes with fewer than AHEAD receives posted
 
@@ -103,20 +109,22 @@ class Wire:
         if tag == LARGE_TAG:
             buffer = torch.empty(nbytes, dtype=torch.uint8)
             return Arrival(buffer, self._post(buffer, sender, tag), nbytes, None)
-        box = self._boxes.get((sender, tag))
+        key = sender, tag
+        box = self._boxes.get(key)
         if box is None:
-            box = self._boxes[sender, tag] = Mailbox(1 << tag)
+            box = self._boxes[key] = Mailbox(1 << tag)
         if not box.posted:
             self._post_ahead(sender, tag, box)
         buffer, work = box.posted.popleft()
-        self._wanting.append((sender, tag))
+        self._wanting.append(key)
         return Arrival(buffer, work, nbytes, box.free)
 
     def send(self, payload: torch.Tensor, to: int) -> Any:
         """Begin to send uint8 [n], n > 0, to a rank; its memory must not change until the work returned has been waited for."""
         self.used = True
-        self.bytes_sent += payload.numel()
-        return self._transmit(payload, to, size_class(payload.numel()))
+        nbytes = payload.numel()
+        self.bytes_sent += nbytes
+        return self._transmit(payload, to, size_class(nbytes))
 
     def replenish(self) -> None:
         """Post receives in place of those taken. Called when a call's first messages are out, so that it delays none of them."""
@@ -135,15 +143,16 @@ class Wire:
         box.posted.append((buffer, self._post(buffer, sender, tag)))
 
     def _post(self, buffer: torch.Tensor, sender: int, tag: int) -> Any:
-        return self._process_group().recv([buffer], sender, tag)
+        return (self._calls or self._bind())[1]([buffer], sender, tag)
 
     def _transmit(self, payload: torch.Tensor, to: int, tag: int) -> Any:
-        return self._process_group().send([payload], to, tag)
+        return (self._calls or self._bind())[0]([payload], to, tag)
 
-    def _process_group(self) -> dist.ProcessGroup:
-        if self._group is None:
-            self._group = dist.group.WORLD
-        return self._group
+    def _bind(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The group's own send and recv: dist.isend and irecv look the group up and check it at every message."""
+        group = self._group or dist.group.WORLD
+        self._calls = group.send, group.recv
+        return self._calls
 
 
 def received(arrivals: Iterable[Arrival]) -> list[Any]:

@@ -49,13 +49,13 @@ class Attention(nn.Module):
 
     def heads(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache) -> torch.Tensor:
         """x [T, C] -> what this rank's query heads saw [T, q_heads * head_dim], the input of o_proj. Fills the cache."""
-        q, k, v = self.qkv_proj(x)
-        q = q.unflatten(-1, (self.q_heads, self.head_dim))                           # [T, Hq, D]
-        k = k.unflatten(-1, (self.kv_heads, self.head_dim))                          # [T, Hkv, D]
-        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        qkv = self.qkv_proj.joined(x).unflatten(-1, (self.q_heads + 2 * self.kv_heads, self.head_dim))           # [T, Hq + 2 Hkv, D]
+        turned = self.q_heads + self.kv_heads
+        qk, v = qkv[:, :turned], qkv[:, turned:]
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+            qk = torch.cat((self.q_norm(qk[:, : self.q_heads]), self.k_norm(qk[:, self.q_heads :])), dim=1)
+        qk = rotate(qk, *rotary)
+        q, k = qk[:, : self.q_heads], qk[:, self.q_heads :]
         cache.write(self.layer, k, v, step.slots)
         seen = attention_varlen(
             q, cache.k[self.layer], cache.v[self.layer], step.cu_seqlens_q, None, step.max_seqlen_q, step.max_seqlen_k,

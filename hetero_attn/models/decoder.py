@@ -7,12 +7,13 @@ experts, in the embedding and in the head, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
+from hetero_attn.backend import Backend
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.attention import Attention
 from hetero_attn.models.cache import PagedCache, Step
@@ -100,12 +101,14 @@ class Decoder(nn.Module):
         self.lm_head = VocabularyHead(communicator, config.vocab_size, config.hidden_size, self.partition, tied=tied, **made)
         self.rotary = RotaryEmbedding(config.rotary, self.device)
 
-    def use_linear(self, linear: Callable[..., torch.Tensor]) -> None:
-        """Every product of this rank goes through `linear`, which has Backend.linear's signature."""
-        self.communicator.linear = linear
+    def use_backend(self, backend: Backend) -> None:
+        """Every product and every norm of this rank goes through `backend`'s linear and rms_norm. (Attention is chosen call by call.)"""
+        self.communicator.linear = backend.linear
         for module in self.modules():
             if hasattr(module, "linear"):
-                module.linear = linear
+                module.linear = backend.linear
+            elif isinstance(module, RMSNorm):
+                module.rms_norm = backend.rms_norm
 
     def new_cache(self, max_tokens: int, max_sequences: int) -> PagedCache:
         """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences."""

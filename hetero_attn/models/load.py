@@ -15,6 +15,7 @@ import torch
 
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.agreement import check_agreement
+from hetero_attn.models.calibration import share_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.weights import Checkpoint, log
@@ -69,11 +70,12 @@ def load_model(
             raise ModelError(f"tp is {tp}, but {communicator.world_size} ranks are running; start the program with "
                              f"torchrun --nproc-per-node={tp}, or leave tp out")
         check_agreement(config, chosen, vocabulary, communicator)
+        share_calibration(profile, config, communicator)
         decoder = Decoder(
             config, communicator, dtype=chosen, device=communicator.device, vocabulary=vocabulary,
             kv_block_size=profile.kv_block_size, profile=profile,
         )
-        decoder.use_linear(linear_backend(profile).linear)
+        decoder.use_backend(linear_backend(profile))
         shards = list(decoder.shards(set(checkpoint.entries)))
         checkpoint.load(shards, progress)
     except BaseException:

@@ -48,7 +48,11 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [T, in] -> [T, own features] of each part."""
-        return self.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        return self.joined(x).split(self.sizes, dim=-1)
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, own features of all parts], side by side as one product makes them."""
+        return self.linear(x, self.weight, self.bias)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         for index, (name, out_features, own) in enumerate(self.parts):

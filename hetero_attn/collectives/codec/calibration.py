@@ -1,0 +1,178 @@
+"""What calibration measures, and its file: for every site the range of each rank's partial sums and of their total, feature by feature.
+
+Ranges are moving averages over batches of text, so that a rare peak does not spread the sixteen steps over a range nobody uses; what lies
+beyond saturates, and is counted. The file is safetensors and lies beside the overlay of the same key. Rank 0's file counts: the others get
+it over the wire, as bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from hetero_attn.collectives.codec.features import FeatureTable, outliers_of
+from hetero_attn.overlay import OverlayKey
+
+MOMENTUM = 0.99
+FORMAT = "hetero-attn calibration 1"
+PARTS = ("lowest", "highest", "sum_lowest", "sum_highest", "outliers")
+
+
+class CalibrationError(ValueError):
+    """A calibration that cannot be used. One line: what was found, what was expected, what to do."""
+
+
+class MovingRange:
+    """Minimum and maximum of each feature: the first batch's, then m ← 0.99·m + 0.01·new."""
+
+    def __init__(self) -> None:
+        self.lowest: torch.Tensor | None = None                       # fp32 [E]
+        self.highest: torch.Tensor | None = None
+
+    def update(self, batch: torch.Tensor) -> None:
+        """batch [..., E] of any float dtype; nothing happens for one without rows. Raises ValueError for NaN or Inf in it."""
+        rows = batch.detach().reshape(-1, batch.shape[-1])
+        if not rows.shape[0]:
+            return
+        lowest, highest = (each.to("cpu", torch.float32) for each in rows.aminmax(dim=0))
+        if not bool((highest - lowest).isfinite().all()):
+            raise ValueError("a batch holds NaN or Inf")
+        if self.lowest is None:
+            self.lowest, self.highest = lowest, highest
+        else:
+            self.lowest = MOMENTUM * self.lowest + (1 - MOMENTUM) * lowest
+            self.highest = MOMENTUM * self.highest + (1 - MOMENTUM) * highest
+
+
+@dataclass(frozen=True)
+class SiteRanges:
+    """One site. lowest, highest: fp32 [N, E], a row a rank; sum_lowest, sum_highest: fp32 [E]; outliers: int32 [k], ascending."""
+
+    lowest: torch.Tensor
+    highest: torch.Tensor
+    sum_lowest: torch.Tensor
+    sum_highest: torch.Tensor
+    outliers: torch.Tensor
+
+    @property
+    def ranges(self) -> torch.Tensor:
+        """R_j = Σ_i 2·max(|min_ij|, |max_ij|), fp32 [E]."""
+        return 2 * torch.maximum(self.lowest.abs(), self.highest.abs()).sum(0)
+
+    @classmethod
+    def measured(cls, lowest: torch.Tensor, highest: torch.Tensor, total: MovingRange) -> SiteRanges:
+        """With the outlier set that the ranges call for."""
+        ranges = 2 * torch.maximum(lowest.abs(), highest.abs()).sum(0)
+        return cls(lowest, highest, total.lowest, total.highest, outliers_of(ranges))
+
+    def tables(self) -> tuple[list[FeatureTable], FeatureTable]:
+        """The table of each sender, and that of sums."""
+        senders = torch.maximum(self.lowest.abs(), self.highest.abs())
+        sums = torch.maximum(self.sum_lowest.abs(), self.sum_highest.abs())
+        return [FeatureTable(magnitude, self.outliers) for magnitude in senders], FeatureTable(sums, self.outliers)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The sites of one model at one number of ranks; facts: how it was measured (model, fingerprint, date, text, chunks, ...)."""
+
+    world_size: int
+    sites: Mapping[str, SiteRanges]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    _tables: dict[str, tuple[list[FeatureTable], FeatureTable]] = field(default_factory=dict, repr=False, compare=False)
+
+    def tables(self, site: str, width: int, world_size: int) -> tuple[list[FeatureTable], FeatureTable]:
+        """What OutlierCoding needs at a site, made once. Raises CalibrationError for what was not calibrated so."""
+        if world_size != self.world_size:
+            raise CalibrationError(f"the calibration is of {self.world_size} ranks, these are {world_size}")
+        if site not in self.sites:
+            some = ", ".join(list(self.sites)[:3])
+            raise CalibrationError(f"site {site!r} was not calibrated ({len(self.sites)} sites are: {some}, …); use codec int4_group32 or "
+                                   "none for calls outside the model")
+        found = self._tables.get(site)
+        if found is None:
+            found = self._tables[site] = self.sites[site].tables()
+        if found[1].features != width:
+            raise CalibrationError(f"{site} was calibrated with {found[1].features} features, the tensor's rows have {width}")
+        return found
+
+    def to_bytes(self) -> bytes:
+        """The file's content; from_bytes() makes an equal calibration of it on any rank."""
+        tensors = {f"{site}.{part}": getattr(ranges, part).contiguous() for site, ranges in self.sites.items() for part in PARTS}
+        facts = json.dumps({"world_size": self.world_size, "sites": list(self.sites), **self.facts})
+        return save(tensors, metadata={"format": FORMAT, "facts": facts})
+
+    def write(self, path: Path) -> None:
+        """Replace the file in one step: a reader, or a crash, sees the old one or the new one. OSError where it cannot be written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def calibration_path(key: OverlayKey) -> Path:
+    """The calibration's file: beside the overlay of this key, under the same name."""
+    return key.path().with_suffix(".safetensors")
+
+
+def from_bytes(content: bytes) -> Calibration:
+    """What to_bytes() wrote. Raises CalibrationError for anything else."""
+    with tempfile.TemporaryDirectory() as folder:                      # the format's own reader gives metadata from files alone
+        path = Path(folder) / "calibration.safetensors"
+        path.write_bytes(content)
+        return read(path)
+
+
+def read(path: Path) -> Calibration:
+    """The calibration in a file. Raises CalibrationError, in one line, for a damaged one or another format."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CalibrationError(f"{path} is {metadata.get('format')!r}, expected {FORMAT!r}; calibrate again")
+            facts = json.loads(metadata["facts"])
+            world_size, names = facts.pop("world_size"), facts.pop("sites")
+            sites = {name: SiteRanges(*(opened.get_tensor(f"{name}.{part}") for part in PARTS)) for name in names}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(f"{path} is no calibration ({type(error).__name__}: {error}); delete it and calibrate again") from None
+    for name, ranges in sites.items():
+        _check(path, name, ranges, world_size)
+    return Calibration(world_size, sites, facts)
+
+
+def _check(path: Path, name: str, ranges: SiteRanges, world_size: int) -> None:
+    width = ranges.sum_lowest.numel()
+    shapes = [tuple(getattr(ranges, part).shape) for part in PARTS[:4]]
+    try:
+        if shapes != [(world_size, width), (world_size, width), (width,), (width,)]:
+            raise ValueError(f"shapes {shapes} for {world_size} ranks")
+        ranges.tables()
+    except (ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{path}: {name} is damaged ({error}); delete it and calibrate again") from None
+
+
+def fingerprint(config: Mapping[str, Any] | bytes, tensors: Sequence[torch.Tensor] = ()) -> str:
+    """A short digest of what the ranges depend on: a calibration of one model is not to be used for another of the same name."""
+    digest = hashlib.sha256(config if isinstance(config, bytes) else json.dumps(config, sort_keys=True).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

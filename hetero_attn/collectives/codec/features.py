@@ -1,0 +1,57 @@
+"""The static scales of one sender at one site, and the features that travel in 16 bits: what the calibrated codec looks up.
+
+The same few features are large for every token, so a scale a feature, measured beforehand, needs no bits on the wire, and the largest
+1/64 of the features, the same on all ranks, are not squeezed at all (arXiv 2411.07942).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+
+OUTLIER_SHARE = 64                                   # one feature in so many travels as bf16
+LARGEST = 7.0                                        # of symmetric INT4
+SCALE_FLOOR = 1e-8                                   # of a feature that was always 0
+
+
+class FeatureTable:
+    """Scales [E] and outliers [k] of one sender.
+
+    magnitude: fp32 [E], max(|min|, |max|) of each feature. outliers: ascending features. `scale` and `step` are what values are divided
+    and multiplied by: an outlier's are Inf and -0, so that kernels may run over them (x / Inf is 0, and adding 0 · -0 changes no bit).
+    """
+
+    def __init__(self, magnitude: torch.Tensor, outliers: torch.Tensor) -> None:
+        """Raises ValueError for outliers that are not ascending features, or magnitudes that are not finite."""
+        self.features = magnitude.numel()
+        self._sorted = outliers.tolist()
+        if self._sorted != sorted(set(self._sorted)) or not all(0 <= each < self.features for each in self._sorted):
+            raise ValueError(f"outliers are {self._sorted[:8]}…, expected ascending features from 0 to {self.features - 1}")
+        if not bool(magnitude.isfinite().all()):
+            raise ValueError("a feature's magnitude is not finite")
+        self.outliers = outliers.to(torch.int32).contiguous()
+        self.scale = (magnitude.float() / magnitude.new_tensor(LARGEST, dtype=torch.float32)).clamp(min=SCALE_FLOOR)
+        self.step = self.scale.clone()
+        self.is_outlier = torch.zeros(self.features, dtype=torch.bool)
+        self.is_outlier[self.outliers.long()] = True
+        self.scale[self.is_outlier], self.step[self.is_outlier] = torch.inf, -0.0
+
+    def outliers_in(self, first: int, count: int) -> int:
+        """How many of `count` values from `first` of the flattened tensor on are outliers'."""
+        return self._before(first + count) - self._before(first)
+
+    def features_of(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The feature of each of these values, int64 [count], and whether it is an outlier, bool [count]."""
+        feature = torch.arange(first, first + count) % self.features
+        return feature, self.is_outlier[feature]
+
+    def _before(self, place: int) -> int:
+        rows, feature = divmod(place, self.features)
+        return rows * len(self._sorted) + bisect_left(self._sorted, feature)
+
+
+def outliers_of(ranges: torch.Tensor) -> torch.Tensor:
+    """ranges R_j [E], summed over ranks -> the ⌊E/64⌋ features with the largest, ascending int32; of equals the earlier feature."""
+    order = torch.sort(ranges, descending=True, stable=True).indices[: ranges.numel() // OUTLIER_SHARE]
+    return order.sort().values.to(torch.int32)

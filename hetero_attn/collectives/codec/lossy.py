@@ -1,0 +1,146 @@
+"""A call under a codec: what its values become on the wire, and how all ranks learn that one of them had to refuse.
+
+A payload is the codec's bytes and one byte of status after them. NaN and Inf have no place on a grid of sixteen steps; the rank that
+finds them sends zeros and a status that says so, the exchange runs to its end, and then every rank raises the same error. So nobody hangs,
+and the communicator goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hetero_attn.collectives.codec.definition import TorchKernels, features_size, groups_size
+from hetero_attn.collectives.codec.features import FeatureTable
+from hetero_attn.collectives.codec.traffic import Traffic
+from hetero_attn.collectives.coding import PARTIAL, SUM, Coding
+
+FINE, SUM_REFUSED, SOMEBODY_REFUSED = 0, 255, 254    # statuses; 1 + r is rank r's summand
+
+
+class NonFiniteError(ValueError):
+    """A tensor with NaN or Inf was given to a codec. Every rank raises it; `.rank` had it (None: the sum has it), at `.site`."""
+
+    def __init__(self, message: str, *, rank: int | None, site: str) -> None:
+        super().__init__(message)
+        self.rank, self.site = rank, site
+
+
+class LossyCoding(Coding):
+    """One call of a lossy codec. kernels: a backend's or TorchKernels. Subclasses say what lies before the status byte."""
+
+    name = ""
+
+    def __init__(self, site: str, rank: int, dtype: torch.dtype, kernels: TorchKernels, traffic: Traffic) -> None:
+        self.site, self.rank, self.dtype, self._kernels, self._traffic = site, rank, dtype, kernels, traffic
+        self._refusals: set[tuple[int, int]] = set()                # (status, sender of it); the least is told
+
+    def body_size(self, first: int, count: int, stage: str) -> int:
+        raise NotImplementedError
+
+    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> int:
+        """values [count > 0] -> body; how many saturated, -1 where one is not finite."""
+        raise NotImplementedError
+
+    def unpack(self, body: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, accumulate: bool) -> None:
+        raise NotImplementedError
+
+    # ---- Coding -----------------------------------------------------------------------------------------------------------
+
+    def size(self, first: int, count: int, stage: str = PARTIAL) -> int:
+        return self.body_size(first, count, stage) + 1
+
+    def encode(self, values: torch.Tensor, first: int, stage: str = PARTIAL) -> torch.Tensor:
+        count = values.numel()
+        payload = torch.empty(self.size(first, count, stage), dtype=torch.uint8)
+        saturated = self.pack(values, first, stage, payload[:-1])
+        if saturated < 0:
+            payload[:-1] = 0
+            self._refusals.add((SUM_REFUSED if stage == SUM else min(1 + self.rank, SOMEBODY_REFUSED), self.rank))
+        self._traffic.add(self.site, count, payload.numel(), max(saturated, 0))
+        payload[-1] = min(self._refusals)[0] if self._refusals else FINE
+        return payload
+
+    def encode_pieces(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Sequence[torch.Tensor | None]:
+        payloads = super().encode_pieces(values, counts, firsts)
+        if self._refusals:                           # whichever piece it was in: its owner is not the only one who must know
+            for payload in payloads:
+                if payload is not None:
+                    payload[-1] = min(self._refusals)[0]
+        return payloads
+
+    def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
+        out = torch.empty(count, dtype=torch.float32)
+        self._read(payload, sender, first, stage, out, accumulate=False)
+        return out
+
+    def total(self, payloads: Sequence[torch.Tensor], first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(count, dtype=torch.float32)
+        for sender, payload in enumerate(payloads):
+            self._read(payload, sender, first, PARTIAL, out, accumulate=sender > 0)
+        return out.to(dtype)
+
+    def finish(self) -> None:
+        if not self._refusals:
+            return
+        status, sender = min(self._refusals)
+        at = f"at {self.site}" if self.site else "of a call without a site"
+        if status == SUM_REFUSED:
+            whose, rank = f"the sum {at}, taken by rank {sender},", None
+        elif status == SOMEBODY_REFUSED:
+            whose, rank = f"a rank's values {at}", None
+        else:
+            whose, rank = f"rank {status - 1}'s values {at}", status - 1
+        raise NonFiniteError(f"{whose} hold NaN or Inf, which codec {self.name} cannot carry; every rank refuses the call. Codec none lets "
+                             "them through", rank=rank, site=self.site)
+
+    # ---- pieces -----------------------------------------------------------------------------------------------------------
+
+    def _read(self, payload: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, *, accumulate: bool) -> None:
+        status = int(payload[-1])
+        if status != FINE:
+            self._refusals.add((status, sender))
+            if not accumulate:
+                out.zero_()
+        else:
+            self.unpack(payload[:-1], sender, first, stage, out, accumulate)
+
+
+class GroupCoding(LossyCoding):
+    """int8_group32 and int4_group32: scales are taken from the values, so it serves any site, and a sum like a summand."""
+
+    def __init__(self, bits: int, *call) -> None:
+        super().__init__(*call)
+        self.bits, self.name = bits, f"int{bits}_group32"
+
+    def body_size(self, first: int, count: int, stage: str) -> int:
+        return groups_size(count, self.bits)
+
+    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> int:
+        return 0 if self._kernels.pack_groups(values, self.bits, body) else -1
+
+    def unpack(self, body: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, accumulate: bool) -> None:
+        self._kernels.unpack_groups(body, self.bits, out, accumulate)
+
+
+class OutlierCoding(LossyCoding):
+    """int4_outliers: static scales of this site, one table a sender and one for sums; all share the outliers."""
+
+    name = "int4_outliers"
+
+    def __init__(self, tables: Sequence[FeatureTable], sums: FeatureTable, *call) -> None:
+        super().__init__(*call)
+        self._tables, self._sums = tables, sums
+
+    def _table(self, sender: int, stage: str) -> FeatureTable:
+        return self._sums if stage == SUM else self._tables[sender]
+
+    def body_size(self, first: int, count: int, stage: str) -> int:
+        return features_size(first, count, self._sums)
+
+    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> int:
+        return self._kernels.pack_features(values, first, self._table(self.rank, stage), body)
+
+    def unpack(self, body: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, accumulate: bool) -> None:
+        self._kernels.unpack_features(body, first, self._table(sender, stage), out, accumulate)
