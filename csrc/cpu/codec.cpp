@@ -162,7 +162,7 @@ void tiles(int64_t first, int64_t count, int64_t features, Tile tile) {
 
 template <class T>
 int64_t pack_features(const T* values, int64_t first, int64_t count, int64_t features, int64_t outliers, const float* scale,
-                      const int32_t* outlier, int64_t wide, uint8_t* body) {
+                      const float* mean, const int32_t* outlier, int64_t wide, uint8_t* body) {
     NibbleWriter writer;
     writer.out = body + 2 * wide;
     int64_t saturated = 0;
@@ -174,12 +174,12 @@ int64_t pack_features(const T* values, int64_t first, int64_t count, int64_t fea
         for (; j + W <= n; j += W) {
             const vf x = load(values + i + j);
             largest = max_bits(largest, bits_of(x) & 0x7fffffff);
-            const vf steps = x / load(scale + f + j);
+            const vf steps = (x - load(mean + f + j)) / load(scale + f + j);
             beyond += (vi)(steps >= 7.5f) + (vi)(steps < -8.5f);         // what rounds to 8 or -9: halves go to the even number
             narrow(rounded_bits(clamp(steps, -8.0f, 7.0f)), (uint8_t*)q + j);
         }
         for (; j < n; ++j) {
-            const float x = to_float(values[i + j]), steps = x / scale[f + j];
+            const float x = to_float(values[i + j]), steps = (x - mean[f + j]) / scale[f + j];
             worst = std::max(worst, magnitude_bits(x));
             saturated += steps >= 7.5f || steps < -8.5f;
             q[j] = (int8_t)__builtin_rintf(std::min(std::max(steps, -8.0f), 7.0f));
@@ -206,7 +206,7 @@ int64_t pack_features(const T* values, int64_t first, int64_t count, int64_t fea
 }
 
 void unpack_features(const uint8_t* body, int64_t first, int64_t count, int64_t features, int64_t outliers, const float* step,
-                     const int32_t* outlier, int64_t wide, float* out, bool accumulate) {
+                     const float* mean, const int32_t* outlier, int64_t wide, float* out, bool accumulate) {
     NibbleReader reader;
     reader.in = body + 2 * wide;
     reader.left = count - wide;
@@ -223,12 +223,15 @@ void unpack_features(const uint8_t* body, int64_t first, int64_t count, int64_t 
             if (stop < n) q[stop] = 0, ++next;
             j = stop + 1;
         }
-        float held[TILE];                                                // at the outliers' places, before 0 · -0 is written there
+        float held[TILE];                                                // at the outliers' places, before their tables say nothing there
         const int32_t* end = next;
         for (next = begin; next < end; ++next) held[next - begin] = accumulate ? out[i + *next - f] : 0.0f;
-        for (j = 0; j + W <= n; j += W) put(out + i + j, to_floats((widen((uint8_t*)q + j) << 24) >> 24) * load(step + f + j), accumulate);
+        for (j = 0; j + W <= n; j += W) {
+            const vf product = apart(to_floats((widen((uint8_t*)q + j) << 24) >> 24) * load(step + f + j));
+            put(out + i + j, product + load(mean + f + j), accumulate);
+        }
         for (; j < n; ++j) {
-            const float value = apart((float)q[j] * step[f + j]);
+            const float value = apart((float)q[j] * step[f + j]) + mean[f + j];
             out[i + j] = accumulate ? out[i + j] + value : value;
         }
         for (next = begin; next < end; ++next, body += 2) {
@@ -257,8 +260,9 @@ extern "C" void hetero_attn_cpu_unpack_groups(const uint8_t* body, int64_t count
 }
 
 extern "C" int64_t hetero_attn_cpu_pack_features(const void* values, int32_t dtype, int64_t first, int64_t count, int64_t features,
-                                                 int64_t outliers, const float* scale, const int32_t* outlier, int64_t wide, uint8_t* body) {
-    auto run = [&](auto* x) { return ha::pack_features(x, first, count, features, outliers, scale, outlier, wide, body); };
+                                                 int64_t outliers, const float* scale, const float* mean, const int32_t* outlier,
+                                                 int64_t wide, uint8_t* body) {
+    auto run = [&](auto* x) { return ha::pack_features(x, first, count, features, outliers, scale, mean, outlier, wide, body); };
     switch (dtype) {
         case HA_F32: return run(static_cast<const float*>(values));
         case HA_F16: return run(static_cast<const ha::f16*>(values));
@@ -268,6 +272,7 @@ extern "C" int64_t hetero_attn_cpu_pack_features(const void* values, int32_t dty
 }
 
 extern "C" void hetero_attn_cpu_unpack_features(const uint8_t* body, int64_t first, int64_t count, int64_t features, int64_t outliers,
-                                                const float* step, const int32_t* outlier, int64_t wide, float* out, int32_t accumulate) {
-    ha::unpack_features(body, first, count, features, outliers, step, outlier, wide, out, accumulate);
+                                                const float* step, const float* mean, const int32_t* outlier, int64_t wide, float* out,
+                                                int32_t accumulate) {
+    ha::unpack_features(body, first, count, features, outliers, step, mean, outlier, wide, out, accumulate);
 }

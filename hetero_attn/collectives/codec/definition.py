@@ -2,7 +2,7 @@
 
 group32: groups of 32 values in a row share a scale, taken from the group itself. A scale is bf16: its eight bits are enough, since q is
 taken with the scale as rounded, and its exponent reaches as far as any value's, where fp16 would overflow in silence.
-features: every feature of a sender has a scale that all ranks know, and the outlier features travel as bf16.
+features: every feature of a sender has a scale and a mean that all ranks know, and the outlier features travel as bf16.
 Sums are the caller's; what a value is after the wire does not depend on who unpacks it, nor by which code.
 """
 
@@ -97,7 +97,7 @@ class TorchKernels:
         feature, outlier = table.features_of(first, x.numel())
         wide = x[outlier]
         kept = wide.clamp(-BF16_LARGEST, BF16_LARGEST).to(torch.bfloat16)                      # what rounds to Inf is not to become it
-        rounded = (x / table.scale[feature])[~outlier].round()
+        rounded = ((x - table.mean[feature]) / table.scale[feature])[~outlier].round()
         q = rounded.clamp(LOWEST, HIGHEST)
         body[: 2 * kept.numel()] = kept.view(torch.uint8)
         body[2 * kept.numel() :] = pack_nibbles(q.to(torch.int8))
@@ -109,7 +109,8 @@ class TorchKernels:
         wide = int(outlier.sum())
         found = torch.empty_like(out)
         found[outlier] = body[: 2 * wide].clone().view(torch.bfloat16).float()
-        found[~outlier] = unpack_nibbles(body[2 * wide :], out.numel() - wide).float() * table.scale[feature[~outlier]]
+        rest = feature[~outlier]
+        found[~outlier] = unpack_nibbles(body[2 * wide :], out.numel() - wide).float() * table.step[rest] + table.mean[rest]
         _put(out, found, accumulate)
 
 

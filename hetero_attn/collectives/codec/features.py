@@ -1,7 +1,8 @@
 """The static scales of one sender at one site, and the features that travel in 16 bits: what the calibrated codec looks up.
 
 The same few features are large for every token, so a scale a feature, measured beforehand, needs no bits on the wire, and the largest
-1/64 of the features, the same on all ranks, are not squeezed at all (arXiv 2411.07942).
+1/64 of the features, the same on all ranks, are not squeezed at all (arXiv 2411.07942). The paper's grid is symmetric about 0; ours about
+the feature's mean, which needs no bits either.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ SCALE_FLOOR = 1e-8                                   # of a feature that was alw
 
 
 class FeatureTable:
-    """Scales [E] and outliers [k] of one sender.
+    """Scales [E], means [E] and outliers [k] of one sender: q = clamp(round((x - mean) / scale), -8, 7), and x becomes q · step + mean.
 
-    magnitude: fp32 [E], max(|min|, |max|) of each feature. outliers: ascending features. `scale` and `step` are what values are divided
-    and multiplied by: an outlier's are Inf and -0, so that kernels may run over them (x / Inf is 0, and adding 0 · -0 changes no bit).
+    scale, mean: fp32 [E]. outliers: ascending features, whose scale is Inf, step -0 and mean -0, so that kernels may run over them: x / Inf
+    is 0, and adding 0 · -0 + -0 changes no bit.
     """
 
-    def __init__(self, magnitude: torch.Tensor, outliers: torch.Tensor) -> None:
-        """Raises ValueError for outliers that are not ascending features, or magnitudes that are not finite."""
-        self.features = magnitude.numel()
+    def __init__(self, scale: torch.Tensor, mean: torch.Tensor, outliers: torch.Tensor) -> None:
+        """Raises ValueError for outliers that are not ascending features, scales that are not finite or negative, means not finite."""
+        self.features = scale.numel()
         self._sorted = outliers.tolist()
         if self._sorted != sorted(set(self._sorted)) or not all(0 <= each < self.features for each in self._sorted):
             raise ValueError(f"outliers are {self._sorted[:8]}…, expected ascending features from 0 to {self.features - 1}")
-        if not bool(magnitude.isfinite().all()):
-            raise ValueError("a feature's magnitude is not finite")
+        if not bool((scale.isfinite() & mean.isfinite() & (scale >= 0)).all()):
+            raise ValueError("a feature's scale or mean is not finite, or its scale is negative")
         self.outliers = outliers.to(torch.int32).contiguous()
-        self.scale = (magnitude.float() / magnitude.new_tensor(LARGEST, dtype=torch.float32)).clamp(min=SCALE_FLOOR)
-        self.step = self.scale.clone()
+        self.scale = scale.float().clamp(min=SCALE_FLOOR)
+        self.mean, self.step = mean.float().clone(), self.scale.clone()
         self.is_outlier = torch.zeros(self.features, dtype=torch.bool)
         self.is_outlier[self.outliers.long()] = True
-        self.scale[self.is_outlier], self.step[self.is_outlier] = torch.inf, -0.0
+        self.scale[self.is_outlier], self.step[self.is_outlier], self.mean[self.is_outlier] = torch.inf, -0.0, -0.0
 
     def outliers_in(self, first: int, count: int) -> int:
         """How many of `count` values from `first` of the flattened tensor on are outliers'."""
@@ -49,6 +50,12 @@ class FeatureTable:
     def _before(self, place: int) -> int:
         rows, feature = divmod(place, self.features)
         return rows * len(self._sorted) + bisect_left(self._sorted, feature)
+
+
+def symmetric_scale(lowest: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """The paper's scale of a range about 0: max(|min|, |max|) / 7, with its floor."""
+    largest = torch.maximum(lowest.abs(), highest.abs())
+    return (largest / largest.new_tensor(LARGEST)).clamp(min=SCALE_FLOOR)
 
 
 def outliers_of(ranges: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,408 @@
+"""The low-bit codecs: the definition against bytes made by hand, native kernels against the definition, and real ranks against both.
+
+The native functions are built alone, once for each instruction set of this CPU, so that all of them are compared and not just the one that
+serves here.
+"""
+
+import hashlib
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetero_attn.collectives.choice import Fixed, Route
+from hetero_attn.collectives.codec import NAMES, Codecs, NonFiniteError
+from hetero_attn.collectives.codec.calibration import Calibration, CalibrationError, MovingRange, SiteRanges
+from hetero_attn.collectives.codec.definition import TorchKernels, features_size, groups_size, nibbles_size, pack_nibbles, unpack_nibbles
+from hetero_attn.collectives.codec.features import FeatureTable, outliers_of
+from hetero_attn.collectives.codec.lossy import GroupCoding
+from hetero_attn.collectives.codec.traffic import Traffic
+from hetero_attn.collectives.coding import Plain
+from hetero_attn.jit import Kernel, compiler_reason
+from hetero_attn.testing.ranks import on_ranks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TORCH = TorchKernels()
+
+
+def bf16_bytes(*values: float) -> list[int]:
+    """Little-endian bf16 of values that are exact in it, without torch."""
+    return [byte for value in values for byte in struct.pack("<f", value)[2:]]
+
+
+def table_of(magnitude, outliers=()) -> FeatureTable:
+    return FeatureTable(torch.tensor(magnitude, dtype=torch.float32), torch.tensor(outliers, dtype=torch.int32))
+
+
+# ---- the definition, by hand ----------------------------------------------------------------------------------------------------
+
+
+def test_nibbles_by_hand():
+    """A group's byte j: value j below, value j + 16 above; the last group splits what it has."""
+    q = torch.tensor([*range(-8, 8), *[3] * 16, 1, -1, 2], dtype=torch.int8)
+    low = [value & 15 for value in range(-8, 8)]
+    expected = [nibble | 3 << 4 for nibble in low] + [1 | 2 << 4, 15]
+    assert pack_nibbles(q).tolist() == expected and len(expected) == nibbles_size(35)
+    assert torch.equal(unpack_nibbles(pack_nibbles(q), 35), q)
+
+
+def test_int4_group32_by_hand():
+    values = torch.tensor([7.0, -7.0, 3.4, 3.5, 2.5, -0.6, *[0.0] * 26, 14.0, 1.0, -14.0])
+    body = torch.empty(groups_size(35, 4), dtype=torch.uint8)
+    assert TORCH.pack_groups(values, 4, body)
+    # scales 7/7 and 14/7; q = 7 -7 3 4 (3.5 to even) 2 (2.5 to even) -1 0 ...; then 7 0 (0.5 to even) -7
+    assert body.tolist() == [*bf16_bytes(1.0, 2.0), 7, 9, 3, 4, 2, 15, *[0] * 10, 7 | 9 << 4, 0]
+    out = torch.empty(35)
+    TORCH.unpack_groups(body, 4, out, False)
+    assert out.tolist() == [7, -7, 3, 4, 2, -1, *[0] * 26, 14, 0, -14]
+
+
+def test_int8_group32_by_hand():
+    values = torch.tensor([127.0, -127.0, 63.5, 0.4, -1.5])
+    body = torch.empty(groups_size(5, 8), dtype=torch.uint8)
+    assert TORCH.pack_groups(values, 8, body)
+    assert body.tolist() == [*bf16_bytes(1.0), 127, 129, 64, 0, 254]
+
+
+def test_int4_outliers_by_hand():
+    """Rows of 4 features from feature 2 on: outliers as bf16 first, the rest by their own scales, in order across rows."""
+    table = table_of([7.0, 100.0, 14.0, 0.7], [1])
+    values = torch.tensor([10.0, -0.42, 5.5, 96.0, -100.0])             # features 2 3 | 0 1 2
+    body = torch.empty(features_size(2, 5, table), dtype=torch.uint8)
+    assert TORCH.pack_features(values, 2, table, body) == 1             # -100 / 2 is beyond -8
+    assert body.tolist() == [*bf16_bytes(96.0), 5 | 6 << 4, (-4 & 15) | 8 << 4]      # q = 5 -4 6 (5.5 to even) -8
+    out = torch.empty(5)
+    TORCH.unpack_features(body, 2, table, out, False)
+    assert out.tolist() == pytest.approx([10.0, -0.4, 6.0, 96.0, -16.0])
+    kept = out.clone()
+    TORCH.unpack_features(body, 2, table, out, True)
+    assert torch.equal(out, 2 * kept)
+
+
+def test_saturation_is_beyond_minus_8_and_7():
+    """round(x / scale) of 8 and -9 saturate, 7 and -8 do not, and halves go to the even number."""
+    table = table_of([7.0])
+    body = torch.empty(features_size(0, 4, table), dtype=torch.uint8)
+    assert TORCH.pack_features(torch.tensor([7.49, 7.5, -8.5, -8.51]), 0, table, body) == 2
+
+
+def test_outliers_are_the_largest_ranges():
+    ranges = torch.ones(192)
+    ranges[[5, 100, 17, 180]] = torch.tensor([3.0, 9.0, 3.0, 3.0])
+    assert outliers_of(ranges).tolist() == [5, 17, 100] and outliers_of(torch.ones(63)).tolist() == []
+
+
+def test_moving_ranges_follow_the_paper():
+    moving = MovingRange()
+    moving.update(torch.tensor([[1.0, -4.0], [3.0, 0.0]]))
+    assert moving.lowest.tolist() == [1, -4] and moving.highest.tolist() == [3, 0]
+    moving.update(torch.empty(0, 2))
+    moving.update(torch.tensor([[11.0, -2.0]]))
+    assert moving.lowest.tolist() == pytest.approx([0.99 * 1 + 0.11, -0.99 * 4 - 0.02])
+    assert moving.highest.tolist() == pytest.approx([0.99 * 3 + 0.11, -0.02])
+    with pytest.raises(ValueError, match="NaN"):
+        moving.update(torch.tensor([[math.inf, 0.0]]))
+
+
+# ---- bounds ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("exponent", [-44, -30, 0, 30, 38])
+def test_a_group_is_off_by_half_a_step(bits, exponent):
+    """bf16 values as large as there are keep their place (an fp16 scale would overflow); groups near 0 lose little."""
+    values = (torch.rand(4096, dtype=torch.float64) * 2 - 1) * 10.0**exponent
+    values = values.clamp(-3.3e38, 3.3e38).to(torch.bfloat16)
+    body, out = torch.empty(groups_size(4096, bits), dtype=torch.uint8), torch.empty(4096)
+    assert TORCH.pack_groups(values, bits, body)
+    TORCH.unpack_groups(body, bits, out, False)
+    step = values.double().abs().view(-1, 32).amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    error = (out.double() - values.double()).view(-1, 32).abs()
+    assert out.isfinite().all() and (error <= step * 0.505 + (2**-126 * 127 if exponent < -30 else 0)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("rows", "width"), [(512, 4096), (8, 4096), (16, 1000), (4, 4097)])
+def test_bits_per_value_with_the_header(name, rows, width):
+    codecs = Codecs(0, 1)
+    ranges = torch.rand(1, width)
+    outliers = outliers_of(ranges[0])
+    codecs.calibration = Calibration(1, {"s": SiteRanges(-ranges, ranges, -ranges[0], ranges[0], outliers)})
+    coding = codecs.coding(name, "s", width, torch.bfloat16)
+    payload = coding.encode(torch.randn(rows * width, dtype=torch.bfloat16), 0)
+    bits = 8 * payload.numel() / (rows * width)
+    known = {"int4_outliers": 4 + 12 * (width // 64) / width, "int4_group32": 4.5, "int8_group32": 8.5}[name]
+    assert payload.numel() == coding.size(0, rows * width) and known <= bits < known + 28 / (rows * width)
+    if name == "int4_outliers":
+        assert bits <= 4.1875 + 12 / (rows * width) and codecs.traffic.total().bits_per_value == bits
+
+
+def test_double_precision_and_the_embedding_travel_as_they_are():
+    codecs = Codecs(0, 2)
+    assert isinstance(codecs.coding("int4_group32", "layers.0.o_proj", 8, torch.float64), Plain)
+    assert isinstance(codecs.coding("int4_outliers", "embed", 8, torch.float32), Plain)
+
+
+def test_what_is_not_there_is_named():
+    codecs = Codecs(0, 2)
+    with pytest.raises(ValueError, match="int8_group32"):
+        codecs.coding("int3", "s", 8, torch.float32)
+    with pytest.raises(ValueError, match="hetero-attn calibrate MODEL --text FILE --tp 2"):
+        codecs.coding("int4_outliers", "s", 8, torch.float32)
+    one = torch.ones(2, 8)
+    codecs.calibration = Calibration(2, {"s": SiteRanges(-one, one, -one[0], one[0], torch.empty(0, dtype=torch.int32))})
+    codecs.coding("int4_outliers", "s", 8, torch.float32)
+    for site, width, text in (("t", 8, "'t' was not calibrated"), ("s", 9, "8 features, the tensor's rows have 9")):
+        with pytest.raises(CalibrationError, match=text):
+            codecs.coding("int4_outliers", site, width, torch.float32)
+    codecs.world_size = 3
+    with pytest.raises(CalibrationError, match="of 2 ranks, these are 3"):
+        codecs.coding("int4_outliers", "s", 8, torch.float32)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_found(bad, dtype):
+    table = table_of([1.0] * 70, [3])
+    for place in (0, 3, 68, 69, 100):                                   # an outlier and a short last group too
+        values = torch.ones(101, dtype=dtype)
+        values[place] = bad
+        assert TORCH.pack_features(values, 0, table, torch.empty(features_size(0, 101, table), dtype=torch.uint8)) == -1
+        assert not TORCH.pack_groups(values, 4, torch.empty(groups_size(101, 4), dtype=torch.uint8))
+
+
+def test_an_outlier_beyond_bf16_stays_finite_and_is_counted():
+    table = table_of([1.0] * 64, [0])
+    values = torch.zeros(64)
+    values[0] = -torch.finfo(torch.float32).max
+    body, out = torch.empty(features_size(0, 64, table), dtype=torch.uint8), torch.empty(64)
+    assert TORCH.pack_features(values, 0, table, body) == 1
+    TORCH.unpack_features(body, 0, table, out, False)
+    assert out[0] == -torch.finfo(torch.bfloat16).max
+
+
+# ---- native kernels --------------------------------------------------------------------------------------------------------------
+
+
+def native_sets():
+    from hetero_attn_cpu.instruction_sets import of_this_cpu
+
+    return of_this_cpu()
+
+
+@pytest.fixture(scope="module", params=native_sets(), ids=lambda each: each.name)
+def native(request):
+    if compiler_reason() is not None:
+        pytest.skip(compiler_reason())
+    from hetero_attn_cpu.codec_calls import CodecCalls
+    from hetero_attn_cpu.library import FLAGS
+
+    kernel = Kernel(f"codec-{request.param.name}", ("cpu/codec.cpp",), flags=(*FLAGS, *request.param.flags), abi_version=1)
+    return CodecCalls(kernel.try_load() or kernel.load())
+
+
+def values_of(count: int, dtype: torch.dtype, seed: int, exponent: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, generator=generator, dtype=torch.float64) * 10.0**exponent
+    values[torch.rand(count, generator=generator) < 0.2] = 0
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
+
+
+def misaligned(size: int) -> torch.Tensor:
+    """Bytes at an odd address, as a payload received may lie."""
+    return torch.full((size + 1,), 0xA5, dtype=torch.uint8)[1:]
+
+
+EXPONENTS = st.sampled_from([-40, -6, 0, 3, 38])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 400), dtype=st.sampled_from(DTYPES), bits=st.sampled_from([4, 8]), seed=st.integers(0, 2**31), exponent=EXPONENTS,
+)
+def test_native_groups_are_the_definition(native, count, dtype, bits, seed, exponent):
+    values, total = values_of(count, dtype, seed, exponent), values_of(count, torch.float32, seed + 1, 0)
+    expected, found = misaligned(groups_size(count, bits)), misaligned(groups_size(count, bits))
+    assert TORCH.pack_groups(values, bits, expected) and native.pack_groups(values, bits, found)
+    assert torch.equal(found, expected)
+    same_values(lambda kernels, out, add: kernels.unpack_groups(found, bits, out, add), native, total)
+    if count:
+        values[seed % count] = math.nan
+        assert not native.pack_groups(values, bits, found)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    features=st.one_of(st.integers(1, 200), st.sampled_from([2047, 2048, 2049, 5000])), first=st.integers(0, 12000),
+    count=st.one_of(st.integers(0, 600), st.integers(0, 9000)), share=st.sampled_from([0.0, 1 / 64, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31), exponent=EXPONENTS,
+)
+def test_native_features_are_the_definition(native, features, first, count, share, dtype, seed, exponent):
+    values, total = values_of(count, dtype, seed, exponent), values_of(count, torch.float32, seed + 1, 0)
+    generator = torch.Generator().manual_seed(seed)
+    outliers = torch.randperm(features, generator=generator)[: int(share * features)].sort().values
+    magnitude = torch.rand(features, generator=generator) * min(2 * 10.0**exponent, 1e38)
+    table = FeatureTable(magnitude, outliers)
+    size = features_size(first, count, table)
+    expected, found = misaligned(size), misaligned(size)
+    saturated = TORCH.pack_features(values, first, table, expected)
+    assert native.pack_features(values, first, table, found) == saturated
+    assert torch.equal(found, expected)
+    same_values(lambda kernels, out, add: kernels.unpack_features(found, first, table, out, add), native, total)
+    if count:
+        values[seed % count] = -math.inf
+        assert native.pack_features(values, first, table, found) == -1
+
+
+def same_values(unpack, native, total):
+    """Written and added, native and torch give the same fp32 bits (signs of zeros included), and write nothing beyond."""
+    for accumulate in (False, True):
+        expected, room = total.clone(), torch.cat([total, torch.full((70,), math.pi)])
+        unpack(TORCH, expected, accumulate)
+        unpack(native, room[: total.numel()], accumulate)
+        assert torch.equal(room[: total.numel()].view(torch.int32), expected.view(torch.int32))
+        assert (room[total.numel() :] == math.pi).all()
+
+
+def test_without_a_native_backend_torch_packs(monkeypatch):
+    from hetero_attn.collectives import codec
+
+    monkeypatch.setenv("HETERO_ATTN_SET", "backends=[sdpa]")
+    codec.kernels.cache_clear()
+    try:
+        assert type(codec.kernels("cpu")) is TorchKernels
+    finally:
+        codec.kernels.cache_clear()
+
+
+# ---- real ranks ------------------------------------------------------------------------------------------------------------------
+
+WORLD, WIDTH = 3, 130
+SHAPES = ((5, WIDTH), (1, WIDTH), (40, WIDTH), (2, 3, WIDTH), (0, WIDTH), (7, WIDTH), (3, WIDTH))     # shapes change from call to call
+
+
+def partial(rank: int, shape, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + math.prod(shape))
+    x = torch.randn(shape, generator=generator)
+    if x.numel():
+        x[..., 17] *= 50                                                # an outlier feature
+    return x.to(dtype)
+
+
+def calibration() -> Calibration:
+    moving = [MovingRange() for _ in range(WORLD + 1)]
+    for shape in SHAPES[:3]:
+        parts = [partial(rank, shape) for rank in range(WORLD)]
+        for each, batch in zip(moving, [*parts, sum(parts)]):
+            each.update(batch)
+    lowest, highest = (torch.stack([getattr(each, part) for each in moving[:WORLD]]) for part in ("lowest", "highest"))
+    return Calibration(WORLD, {"layers.0.o_proj": SiteRanges.measured(lowest, highest, moving[WORLD])})
+
+
+def mixed_kernels(rank: int):
+    """Rank 1 has no compiler: it packs by torch, and must not be told apart."""
+    from hetero_attn.collectives import codec
+
+    if rank == 1:
+        codec.kernels = lambda device: TORCH
+
+
+def in_rank(communicator, codec: str) -> dict:
+    """Everything of one codec on a rank; plain values back."""
+    mixed_kernels(communicator.rank)
+    communicator.codecs.calibration = Calibration.__new__(Calibration) if codec != "int4_outliers" else calibration()
+    site, report = "layers.0.o_proj", {}
+    for algorithm in ("one_shot", "two_shot", "star"):
+        communicator.choice = Fixed(Route(algorithm, codec))
+        for dtype in DTYPES:
+            for shape in SHAPES:
+                parts = [partial(rank, shape, dtype) for rank in range(WORLD)]
+                exact = torch.stack([part.float() for part in parts]).sum(0)
+                before = communicator.bytes_sent
+                y = communicator.start_all_reduce(parts[communicator.rank].clone(), site=site).wait()
+                sent = communicator.bytes_sent - before
+                error = ((y.float() - exact).norm() / sum(part.float().norm() for part in parts).clamp(min=1e-9)).item()
+                report[algorithm, str(dtype), shape] = error, sent, hashlib.sha256(y.float().numpy().tobytes()).hexdigest()
+        own = communicator.reduce_scatter(partial(communicator.rank, (7, WIDTH)), site=site)
+        exact = torch.stack([partial(rank, (7, WIDTH)) for rank in range(WORLD)]).sum(0)[communicator.rows(7)]
+        report[algorithm, "reduce_scatter"] = ((own - exact).norm() / exact.norm()).item()
+        report[algorithm, "refused"] = refusals(communicator, site)
+    report["traffic"] = communicator.codecs.traffic.total()
+    return report
+
+
+def refusals(communicator, site: str) -> list[str]:
+    """What each operation says to a NaN that only rank 1 has, in the last row; then the group still sums."""
+    bad = partial(communicator.rank, (7, WIDTH))
+    if communicator.rank == 1:
+        bad[6, 100] = math.nan
+    shard = torch.zeros(communicator.row_counts(7)[communicator.rank], WIDTH)
+    short = bad[6:].clone()
+    said = []
+    for call in (
+        lambda: communicator.all_reduce(bad.clone(), site=site),
+        lambda: communicator.reduce_scatter(bad, site=site),
+        lambda: communicator.start_all_reduce(bad.clone(), site=site).wait(),
+        lambda: communicator.all_reduce_rms_norm(bad.clone(), shard, torch.ones(WIDTH), 1e-5, site=site),
+        lambda: communicator.all_reduce(short, site=site),
+    ):
+        try:
+            call()
+            said.append("nothing")
+        except NonFiniteError as error:
+            said.append(f"{error.rank} {error.site}: {error}")
+    total = communicator.all_reduce(torch.ones(1, WIDTH), site=site)
+    assert not shard.any() and 0.5 < total.min() and total.max() < 4        # static scales of few batches saturate early
+    return said
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def ranks(request):
+    outcomes = on_ranks(in_rank, (request.param,), WORLD)
+    assert not any(outcome.error for outcome in outcomes), outcomes[0].traceback or outcomes[1].traceback
+    return request.param, [outcome.result for outcome in outcomes]
+
+
+def test_ranks_hold_the_same_bits_and_the_sum(ranks):
+    codec, reports = ranks
+    bound = {"int4_outliers": 0.1, "int4_group32": 0.45, "int8_group32": 0.03}[codec]       # of the summands' norms; a sum of zeros is 0.58
+    for algorithm in ("one_shot", "two_shot", "star"):
+        for dtype in DTYPES:
+            for shape in SHAPES:
+                each = [report[algorithm, str(dtype), shape] for report in reports]
+                assert len({bits for *_, bits in each}) == 1, (algorithm, dtype, shape)
+                assert max(error for error, *_ in each) < bound, (algorithm, dtype, shape, each)
+        assert max(report[algorithm, "reduce_scatter"] for report in reports) < 2 * bound
+
+
+def test_ranks_send_as_few_bits_as_promised(ranks):
+    """All that is handed to torch.distributed, status bytes too: quantise-once sends each value to N-1 peers, two-hop 1/N of it twice."""
+    codec, reports = ranks
+    values = 40 * WIDTH
+    bits = {"int4_outliers": 4 + 12 * 2 / WIDTH, "int4_group32": 4.5, "int8_group32": 8.5}[codec]
+    for algorithm, copies in (("one_shot", WORLD - 1), ("two_shot", 2 * (WORLD - 1) / WORLD)):
+        sent = [report[algorithm, "torch.bfloat16", (40, WIDTH)][1] for report in reports]
+        assert max(sent) * 8 <= bits * values * copies * 1.02 + 8 * 40, (algorithm, sent)
+    total = reports[0]["traffic"]
+    assert total.values and (total.saturated > 0) == (codec == "int4_outliers")
+
+
+def test_nan_is_refused_on_every_rank(ranks):
+    codec, reports = ranks
+    for algorithm in ("one_shot", "two_shot", "star"):
+        said = [report[algorithm, "refused"] for report in reports]
+        assert said[0] == said[1] == said[2]
+        for text in said[0]:
+            assert text.startswith("1 layers.0.o_proj: rank 1's values at layers.0.o_proj hold NaN or Inf") and codec in text
+
+
+def test_an_overflowing_sum_is_refused():
+    """Two-hop: fp16 summands that are finite and whose sum is not."""
+    coding = GroupCoding(4, "s", 0, torch.float16, TORCH, Traffic())
+    coding.encode(torch.full((4,), math.inf, dtype=torch.float16), 0, "sum")
+    with pytest.raises(NonFiniteError, match="the sum at s, taken by rank 0"):
+        coding.finish()
