@@ -85,8 +85,9 @@ class Backend:
 
     def codec_kernels(self, device: str) -> Any | None:
         """(optional) What packs partial sums for the wire, for tensors on a device type; None = nothing. Asked only where the backend is
-        available. An object with the four methods of hetero_attn.collectives.codec.definition.TorchKernels, which is their meaning: the
-        same bytes, and the same fp32 values from them, to the bit, since the ranks of a group may differ in backend. Tensors are contiguous.
+        available. An object with the four methods of hetero_attn.collectives.codec.definition.TorchKernels, which is their meaning:
+        the same bytes, and the same fp32 values from them, to the bit, since the ranks of a group may differ in backend. Tensors are
+        contiguous.
 
             pack_groups(values [n], bits, body) -> bool                     False where a value is NaN or Inf
             unpack_groups(body, bits, out fp32 [n], accumulate)             written, or added to

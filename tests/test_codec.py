@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from hetero_attn.collectives.choice import Fixed, Route
 from hetero_attn.collectives.codec import NAMES, Codecs, NonFiniteError
-from hetero_attn.collectives.codec.calibration import Calibration, CalibrationError, MovingRange, SiteRanges
+from hetero_attn.collectives.codec.calibration import Calibration, CalibrationError, SiteRanges
 from hetero_attn.collectives.codec.definition import TorchKernels, features_size, groups_size, nibbles_size, pack_nibbles, unpack_nibbles
-from hetero_attn.collectives.codec.features import FeatureTable, outliers_of
+from hetero_attn.collectives.codec.features import FeatureTable, outliers_of, symmetric_scale
 from hetero_attn.collectives.codec.lossy import GroupCoding
+from hetero_attn.collectives.codec.measure import FACTORS, MovingRange, ScaleSearch
 from hetero_attn.collectives.codec.traffic import Traffic
 from hetero_attn.collectives.coding import Plain
 from hetero_attn.jit import Kernel, compiler_reason
@@ -33,8 +34,11 @@ def bf16_bytes(*values: float) -> list[int]:
     return [byte for value in values for byte in struct.pack("<f", value)[2:]]
 
 
-def table_of(magnitude, outliers=()) -> FeatureTable:
-    return FeatureTable(torch.tensor(magnitude, dtype=torch.float32), torch.tensor(outliers, dtype=torch.int32))
+def table_of(magnitude, outliers=(), mean=0.0) -> FeatureTable:
+    """Of features that reach from -magnitude to magnitude about a mean."""
+    magnitude = torch.tensor(magnitude, dtype=torch.float32)
+    mean = torch.zeros_like(magnitude) + torch.as_tensor(mean)
+    return FeatureTable(symmetric_scale(-magnitude, magnitude), mean, torch.tensor(outliers, dtype=torch.int32))
 
 
 # ---- the definition, by hand ----------------------------------------------------------------------------------------------------
@@ -80,6 +84,39 @@ def test_int4_outliers_by_hand():
     kept = out.clone()
     TORCH.unpack_features(body, 2, table, out, True)
     assert torch.equal(out, 2 * kept)
+
+
+def test_a_mean_moves_the_grid():
+    table = table_of([7.0, 7.0], mean=[100.0, -3.0])
+    body, out = torch.empty(features_size(0, 2, table), dtype=torch.uint8), torch.empty(2)
+    assert TORCH.pack_features(torch.tensor([103.4, -11.5]), 0, table, body) == 0
+    assert body.tolist() == [3 | 8 << 4]                                # 3.4 and -8.5 above their means; halves to even
+    TORCH.unpack_features(body, 0, table, out, False)
+    assert out.tolist() == [103, -11]
+
+
+def test_the_search_finds_the_scale_with_the_least_error():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, 3, generator=generator) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 40.0, -2.0])
+    rows[:1, 0] = 8.0                                                   # a peak that is not worth the steps it would take
+    moving = MovingRange()
+    moving.update(rows)
+    search = ScaleSearch(moving)
+    for part in rows.split(100):
+        search.update(part)
+    weights = 1 / rows.pow(2).mean(1, keepdim=True)                    # a row counts by the share of it that is lost
+    assert torch.allclose(search.mean, (weights * rows).sum(0) / weights.sum(), atol=1e-5)
+    base = symmetric_scale(rows.amin(0) - search.mean, rows.amax(0) - search.mean)
+
+    def error(scale):
+        z = rows - search.mean
+        return (weights * ((z / scale).round().clamp(-8, 7) * scale - z).pow(2)).sum(0)
+
+    candidates = torch.stack([error(factor * base) for factor in FACTORS])
+    assert torch.allclose(error(search.scale), candidates.amin(0), rtol=1e-4)
+    plain = symmetric_scale(rows.amin(0), rows.amax(0))
+    q = (rows / plain).round().clamp(-8, 7) * plain
+    assert (error(search.scale) < (weights * (q - rows).pow(2)).sum(0)).all()
 
 
 def test_saturation_is_beyond_minus_8_and_7():
@@ -129,8 +166,7 @@ def test_a_group_is_off_by_half_a_step(bits, exponent):
 def test_bits_per_value_with_the_header(name, rows, width):
     codecs = Codecs(0, 1)
     ranges = torch.rand(1, width)
-    outliers = outliers_of(ranges[0])
-    codecs.calibration = Calibration(1, {"s": SiteRanges(-ranges, ranges, -ranges[0], ranges[0], outliers)})
+    codecs.calibration = Calibration(1, {"s": SiteRanges.symmetric(-ranges, ranges, -ranges[0], ranges[0])})
     coding = codecs.coding(name, "s", width, torch.bfloat16)
     payload = coding.encode(torch.randn(rows * width, dtype=torch.bfloat16), 0)
     bits = 8 * payload.numel() / (rows * width)
@@ -153,7 +189,7 @@ def test_what_is_not_there_is_named():
     with pytest.raises(ValueError, match="hetero-attn calibrate MODEL --text FILE --tp 2"):
         codecs.coding("int4_outliers", "s", 8, torch.float32)
     one = torch.ones(2, 8)
-    codecs.calibration = Calibration(2, {"s": SiteRanges(-one, one, -one[0], one[0], torch.empty(0, dtype=torch.int32))})
+    codecs.calibration = Calibration(2, {"s": SiteRanges.symmetric(-one, one, -one[0], one[0])})
     codecs.coding("int4_outliers", "s", 8, torch.float32)
     for site, width, text in (("t", 8, "'t' was not calibrated"), ("s", 9, "8 features, the tensor's rows have 9")):
         with pytest.raises(CalibrationError, match=text):
@@ -246,7 +282,8 @@ def test_native_features_are_the_definition(native, features, first, count, shar
     generator = torch.Generator().manual_seed(seed)
     outliers = torch.randperm(features, generator=generator)[: int(share * features)].sort().values
     magnitude = torch.rand(features, generator=generator) * min(2 * 10.0**exponent, 1e38)
-    table = FeatureTable(magnitude, outliers)
+    mean = magnitude * (torch.rand(features, generator=generator) - 0.5)
+    table = FeatureTable(symmetric_scale(-magnitude, magnitude), mean, outliers)
     size = features_size(first, count, table)
     expected, found = misaligned(size), misaligned(size)
     saturated = TORCH.pack_features(values, first, table, expected)
@@ -300,7 +337,7 @@ def calibration() -> Calibration:
         for each, batch in zip(moving, [*parts, sum(parts)]):
             each.update(batch)
     lowest, highest = (torch.stack([getattr(each, part) for each in moving[:WORLD]]) for part in ("lowest", "highest"))
-    return Calibration(WORLD, {"layers.0.o_proj": SiteRanges.measured(lowest, highest, moving[WORLD])})
+    return Calibration(WORLD, {"layers.0.o_proj": SiteRanges.symmetric(lowest, highest, moving[WORLD].lowest, moving[WORLD].highest)})
 
 
 def mixed_kernels(rank: int):

@@ -38,7 +38,8 @@ LINEAR = (
 NORM = (
     ("abi_version", "int32", 1), ("dtype", "int32", 1), ("threads", "int32", 1), ("reserved", "int32", 1),
     ("rows", "int64", 1), ("channels", "int64", 1), ("x_stride", "int64", 1),
-    ("x", "pointer", 1), ("weight", "pointer", 1), ("y", "pointer", 1), ("eps", "float", 1), ("offset", "float", 1), ("parallel", "pointer", 1),
+    ("x", "pointer", 1), ("weight", "pointer", 1), ("y", "pointer", 1),
+    ("eps", "float", 1), ("offset", "float", 1), ("parallel", "pointer", 1),
 )
 _CODES = {"int32": "i", "int64": "q", "float": "f", "pointer": "Q"}
 

@@ -1,8 +1,7 @@
-"""What calibration measures, and its file: for every site the range of each rank's partial sums and of their total, feature by feature.
+"""What a calibration holds, and its file: for every site the ranges and scales of each rank's partial sums and of their total, by feature.
 
-Ranges are moving averages over batches of text, so that a rare peak does not spread the sixteen steps over a range nobody uses; what lies
-beyond saturates, and is counted. The file is safetensors and lies beside the overlay of the same key. Rank 0's file counts: the others get
-it over the wire, as bytes.
+The ranges (measure.py) choose the outliers; the scales are what values are packed with. The file is safetensors and lies beside the overlay
+of the same key. Rank 0's file counts: the others get it over the wire, as bytes.
 """
 
 from __future__ import annotations
@@ -20,48 +19,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from hetero_attn.collectives.codec.features import FeatureTable, outliers_of
+from hetero_attn.collectives.codec.features import FeatureTable, outliers_of, symmetric_scale
 from hetero_attn.overlay import OverlayKey
 
-MOMENTUM = 0.99
 FORMAT = "hetero-attn calibration 1"
-PARTS = ("lowest", "highest", "sum_lowest", "sum_highest", "outliers")
+BY_RANK, OF_SUM = ("lowest", "highest", "scale", "mean"), ("sum_lowest", "sum_highest", "sum_scale", "sum_mean")
+PARTS = (*BY_RANK, *OF_SUM, "outliers")
 
 
 class CalibrationError(ValueError):
     """A calibration that cannot be used. One line: what was found, what was expected, what to do."""
 
 
-class MovingRange:
-    """Minimum and maximum of each feature: the first batch's, then m ← 0.99·m + 0.01·new."""
-
-    def __init__(self) -> None:
-        self.lowest: torch.Tensor | None = None                       # fp32 [E]
-        self.highest: torch.Tensor | None = None
-
-    def update(self, batch: torch.Tensor) -> None:
-        """batch [..., E] of any float dtype; nothing happens for one without rows. Raises ValueError for NaN or Inf in it."""
-        rows = batch.detach().reshape(-1, batch.shape[-1])
-        if not rows.shape[0]:
-            return
-        lowest, highest = (each.to("cpu", torch.float32) for each in rows.aminmax(dim=0))
-        if not bool((highest - lowest).isfinite().all()):
-            raise ValueError("a batch holds NaN or Inf")
-        if self.lowest is None:
-            self.lowest, self.highest = lowest, highest
-        else:
-            self.lowest = MOMENTUM * self.lowest + (1 - MOMENTUM) * lowest
-            self.highest = MOMENTUM * self.highest + (1 - MOMENTUM) * highest
-
-
 @dataclass(frozen=True)
 class SiteRanges:
-    """One site. lowest, highest: fp32 [N, E], a row a rank; sum_lowest, sum_highest: fp32 [E]; outliers: int32 [k], ascending."""
+    """One site. lowest, highest, scale, mean: fp32 [N, E], a row a rank; sum_…, the same of the sum: fp32 [E]; outliers: int32 [k],
+    ascending."""
 
     lowest: torch.Tensor
     highest: torch.Tensor
+    scale: torch.Tensor
+    mean: torch.Tensor
     sum_lowest: torch.Tensor
     sum_highest: torch.Tensor
+    sum_scale: torch.Tensor
+    sum_mean: torch.Tensor
     outliers: torch.Tensor
 
     @property
@@ -70,16 +52,17 @@ class SiteRanges:
         return 2 * torch.maximum(self.lowest.abs(), self.highest.abs()).sum(0)
 
     @classmethod
-    def measured(cls, lowest: torch.Tensor, highest: torch.Tensor, total: MovingRange) -> SiteRanges:
-        """With the outlier set that the ranges call for."""
+    def symmetric(cls, lowest: torch.Tensor, highest: torch.Tensor, sum_lowest: torch.Tensor, sum_highest: torch.Tensor) -> SiteRanges:
+        """The paper's scales, symmetric about 0, and the outlier set that the ranges call for."""
         ranges = 2 * torch.maximum(lowest.abs(), highest.abs()).sum(0)
-        return cls(lowest, highest, total.lowest, total.highest, outliers_of(ranges))
+        scale, sum_scale = symmetric_scale(lowest, highest), symmetric_scale(sum_lowest, sum_highest)
+        return cls(lowest, highest, scale, torch.zeros_like(scale), sum_lowest, sum_highest, sum_scale, torch.zeros_like(sum_scale),
+                   outliers_of(ranges))
 
     def tables(self) -> tuple[list[FeatureTable], FeatureTable]:
         """The table of each sender, and that of sums."""
-        senders = torch.maximum(self.lowest.abs(), self.highest.abs())
-        sums = torch.maximum(self.sum_lowest.abs(), self.sum_highest.abs())
-        return [FeatureTable(magnitude, self.outliers) for magnitude in senders], FeatureTable(sums, self.outliers)
+        senders = [FeatureTable(scale, mean, self.outliers) for scale, mean in zip(self.scale, self.mean)]
+        return senders, FeatureTable(self.sum_scale, self.sum_mean, self.outliers)
 
 
 @dataclass(frozen=True)
@@ -161,9 +144,9 @@ def read(path: Path) -> Calibration:
 
 def _check(path: Path, name: str, ranges: SiteRanges, world_size: int) -> None:
     width = ranges.sum_lowest.numel()
-    shapes = [tuple(getattr(ranges, part).shape) for part in PARTS[:4]]
+    shapes = [tuple(getattr(ranges, part).shape) for part in (*BY_RANK, *OF_SUM)]
     try:
-        if shapes != [(world_size, width), (world_size, width), (width,), (width,)]:
+        if shapes != [(world_size, width)] * len(BY_RANK) + [(width,)] * len(OF_SUM):
             raise ValueError(f"shapes {shapes} for {world_size} ranks")
         ranges.tables()
     except (ValueError, RuntimeError) as error:
