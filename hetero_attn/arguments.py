@@ -16,6 +16,7 @@ import torch
 from hetero_attn.spec import FLOAT_DTYPES, LAYOUTS, AttentionSpec, dtype_name
 
 INT32 = (torch.int32,)
+FARTHEST = 2**62                      # what a longer window becomes: positions added to it stay 64-bit integers
 
 
 def dense_spec(q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi_slopes, sinks, return_lse, layout, needs_grad):
@@ -216,7 +217,7 @@ def _check_sinks(sinks, Hq: int, device: torch.device) -> bool:
 
 
 def checked_window(window_size) -> tuple[int, int]:
-    """(left, right) as two ints of at least -1. Raises ValueError."""
+    """(left, right) as two ints of at least -1, and at most FARTHEST. Raises ValueError."""
     try:
         left, right = window_size
         left, right = operator.index(left), operator.index(right)       # not int(), which would take 2.7 and '3'
@@ -224,7 +225,7 @@ def checked_window(window_size) -> tuple[int, int]:
         raise ValueError(f"window_size is {window_size!r}, expected two integers (left, right), -1 = unlimited") from None
     if left < -1 or right < -1:
         raise ValueError(f"window_size is {(left, right)}, expected each of (left, right) to be -1 (unlimited) or at least 0")
-    return left, right
+    return min(left, FARTHEST), min(right, FARTHEST)
 
 
 def _softcap(softcap) -> float:

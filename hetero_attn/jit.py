@@ -167,12 +167,12 @@ class Kernel:
         found = None if force else self.find(into)
         return found or self._compile(force, progress, into)
 
-    def load(self) -> ctypes.CDLL:
-        """The kernel: try_load(), else build(). Raises BuildError."""
+    def load(self, *, progress: Progress | None = None) -> ctypes.CDLL:
+        """The kernel: try_load(), else build(), of which `progress` hears. Raises BuildError."""
         ready = self.try_load()
         if ready is not None:
             return ready
-        path = self._compile(force=self._cached() is not None)         # one that is whole and does not load is made anew
+        path = self._compile(self._cached() is not None, progress)     # one that is whole and does not load is made anew
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:

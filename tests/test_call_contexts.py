@@ -47,6 +47,13 @@ def test_numbers_are_numbers(name, value):
         attention(*tensors(), **{name: value})
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("far", [2**63 - 1, 2**63, 10**30], ids=["int64-max", "beyond-int64", "10**30"])
+def test_a_window_longer_than_any_sequence_is_unlimited(far, backend):
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (40, 20, 20))          # more queries than keys: positions below 0
+    assert torch.equal(attention(q, k, v, window_size=(far, far), backend=backend), attention(q, k, v, backend=backend))
+
+
 def test_a_list_is_a_window_too():
     q, k, v = tensors()
     assert torch.equal(attention(q, k, v, window_size=[2, 1]), attention(q, k, v, window_size=(2, 1)))

@@ -66,6 +66,7 @@ def test_without_a_compiler_sdpa_serves_and_says_why(tmp_path):
     program = "import torch, hetero_attn; q = torch.ones(1, 1, 2, 8); print(float(hetero_attn.attention(q, q, q).sum()))"
     done = run(program, HETERO_ATTN_CACHE_DIR=str(tmp_path), CXX="/nowhere/g++")
     assert done.stdout.strip() == "16.0", done.stderr
+    assert "building" not in done.stderr
     assert "attention falls to sdpa" in done.stderr and "CXX is '/nowhere/g++'" in done.stderr and "install" in done.stderr
     assert "building" not in done.stderr.lower() or "falls to" in done.stderr
 
@@ -247,6 +248,13 @@ def test_negated_views_and_another_default_device(cpu):
 def test_scales_beyond_fp32(scale):
     q = torch.zeros(1, 1, 2, 8)
     assert torch.equal(attention(q, q, q + 1, scale=scale, backend="cpu"), q + 1)
+
+
+@pytest.mark.parametrize("q_len", [1, 20])                              # both kernels
+@pytest.mark.parametrize(("softcap", "like"), [(1e-300, 1e-30), (1e-45, 1e-30), (1e300, None)])
+def test_softcaps_beyond_fp32(softcap, like, q_len, cpu):
+    q, kv = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, 30, 16)
+    torch.testing.assert_close(attention(q, kv, kv, softcap=softcap, backend="cpu"), attention(q, kv, kv, softcap=like, backend="cpu"))
 
 
 def test_linear_leaves_to_torch_what_it_cannot(cpu, monkeypatch):

@@ -18,7 +18,7 @@ _empty, _threads = torch.empty, torch.get_num_threads
 _pack, _VERSION, _DTYPES = abi.pack_attention, abi.ABI_VERSION, abi.DTYPES
 _CPU = torch.device("cpu")                           # said aloud: torch.set_default_device() may say otherwise
 _NO_OPERANDS = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)     # mask, mask_dtype, alibi, mask_stride [4], slopes, slopes_stride [2], sinks
-LARGEST = 3.4028234663852886e38                      # fp32's: what a scale or a cap beyond it becomes
+SMALLEST, LARGEST = 2.0**-126, 3.4028234663852886e38  # fp32's: what a cap below (0 would switch it off), a scale or a cap beyond becomes
 
 
 def attention(
@@ -109,9 +109,9 @@ def _operands(operands: Operands) -> tuple[list, tuple]:
 def _scalars(spec: AttentionSpec) -> tuple[float, float]:
     """scale and softcap as fp32 holds them: struct refuses what is beyond its range."""
     scale, softcap = spec.scale, spec.softcap
-    if -LARGEST <= scale <= LARGEST and softcap <= LARGEST:
+    if -LARGEST <= scale <= LARGEST and (softcap == 0 or SMALLEST <= softcap <= LARGEST):
         return scale, softcap
-    return math.copysign(min(abs(scale), LARGEST), scale), min(softcap, LARGEST)
+    return math.copysign(min(abs(scale), LARGEST), scale), softcap and min(max(softcap, SMALLEST), LARGEST)
 
 
 def linear(library: Library, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

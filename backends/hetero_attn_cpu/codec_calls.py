@@ -16,8 +16,8 @@ _p, _i, _n = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 FUNCTIONS = {                                        # name -> (result, arguments)
     "pack_groups": (_n, (_p, _i, _n, _i, _p)),
     "unpack_groups": (None, (_p, _n, _i, _p, _i)),
-    "pack_features": (_n, (_p, _i, _n, _n, _n, _n, _p, _p, _p, _n, _p)),
-    "unpack_features": (None, (_p, _n, _n, _n, _n, _p, _p, _p, _n, _p, _i)),
+    "pack_features": (_n, (_p, _i, _n, _n, _n, _n, _p, _p, _p, _n, _n, _p)),
+    "unpack_features": (None, (_p, _n, _n, _n, _n, _p, _p, _p, _n, _n, _p, _i)),
 }
 
 
@@ -43,7 +43,7 @@ class CodecCalls:
         count = values.numel()
         return self._pack_features(
             values.data_ptr(), DTYPES[values.dtype], first, count, table.features, table.outliers.numel(), table.scale.data_ptr(),
-            table.mean.data_ptr(), table.outliers.data_ptr(), table.outliers_in(first, count), body.data_ptr(),
+            table.mean.data_ptr(), table.outliers.data_ptr(), table.outliers_in(first, count), table.rows_in(first, count), body.data_ptr(),
         )
 
     def unpack_features(self, body: torch.Tensor, first: int, table: Any, out: torch.Tensor, accumulate: bool) -> None:
@@ -51,5 +51,5 @@ class CodecCalls:
         count = out.numel()
         self._unpack_features(
             body.data_ptr(), first, count, table.features, table.outliers.numel(), table.step.data_ptr(), table.mean.data_ptr(),
-            table.outliers.data_ptr(), table.outliers_in(first, count), out.data_ptr(), accumulate,
+            table.outliers.data_ptr(), table.outliers_in(first, count), table.rows_in(first, count), out.data_ptr(), accumulate,
         )

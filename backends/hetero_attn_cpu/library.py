@@ -7,6 +7,7 @@ runtime, so that no second thread pool competes for the cores. Nothing is compil
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import shlex
@@ -92,12 +93,13 @@ class Library:
 
 def load(each: InstructionSet) -> Library:
     """The kernels of an instruction set that this CPU has: ready ones, else compiled now. Raises BuildError."""
-    described = kernel(each)
-    ready = described.try_load()
-    if ready is None:
-        log.warning("building the CPU kernels for %s, once: this takes some seconds (`hetero-attn build` does it ahead)", each.name)
-        ready = described.load()
-    return Library(ready, each, parallel_function())
+    steps = itertools.count()
+
+    def tell(step: str) -> None:                     # at the first step alone: without a compiler there is none, and nothing to tell
+        if next(steps) == 0:
+            log.warning("building the CPU kernels for %s, once: this takes some seconds (`hetero-attn build` does it ahead)", each.name)
+
+    return Library(kernel(each).load(progress=tell), each, parallel_function())
 
 
 @cache

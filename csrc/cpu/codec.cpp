@@ -4,6 +4,7 @@
 #include "codec.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "abi.h"
@@ -149,37 +150,62 @@ inline void copy_run(int8_t* to, const int8_t* from, int64_t n) {        // runs
     else std::memcpy(to, from, n);
 }
 
-// Calls tile(i, f, n) for runs of n <= TILE values, i the first's place in the call and f its feature: no run leaves its row.
-template <class Tile>
-void tiles(int64_t first, int64_t count, int64_t features, Tile tile) {
+// Calls run(i, f, n) for the runs of the call's values that lie in one row: i the first's place in the call, f its feature.
+template <class Run>
+void rows_of(int64_t first, int64_t count, int64_t features, Run run) {
     int64_t f = first % features;
-    for (int64_t i = 0; i < count;) {
-        const int64_t n = std::min<int64_t>({TILE, features - f, count - i});
-        tile(i, f, (int)n);
-        i += n, f = f + n == features ? 0 : f + n;
+    for (int64_t i = 0; i < count; f = 0) {
+        const int64_t n = std::min(features - f, count - i);
+        run(i, f, n);
+        i += n;
     }
+}
+
+// The same in tiles of n <= TILE.
+template <class Tile>
+void tiles_of(int64_t i, int64_t f, int64_t n, Tile tile) {
+    for (int64_t j = 0; j < n; j += TILE) tile(i + j, f + j, (int)std::min<int64_t>(TILE, n - j));
+}
+
+// What a row's steps are divided by so that the largest is 7 of them: its factor, or Inf for a row that is its mean.
+template <class T>
+float row_factor(const T* x, int64_t n, const float* scale, const float* mean, bf16* factor) {
+    vf largest = {};
+    float top = 0.0f;
+    int64_t j = 0;
+    for (; j + W <= n; j += W) largest = max((vf)((vi)((load(x + j) - load(mean + j)) / load(scale + j)) & 0x7fffffff), largest);
+    for (; j < n; ++j) top = std::max(top, std::fabs((to_float(x[j]) - mean[j]) / scale[j]));
+    for (int lane = 0; lane < W; ++lane) top = std::max(top, largest[lane]);
+    from_float(std::min(top, 1e38f) / 7.0f, factor);
+    if (to_float(*factor) < 0x1p-126f) factor->bits = 0;
+    return factor->bits ? to_float(*factor) : __builtin_inff();
 }
 
 template <class T>
 int64_t pack_features(const T* values, int64_t first, int64_t count, int64_t features, int64_t outliers, const float* scale,
-                      const float* mean, const int32_t* outlier, int64_t wide, uint8_t* body) {
+                      const float* mean, const int32_t* outlier, int64_t wide, int64_t rows, uint8_t* body) {
     NibbleWriter writer;
-    writer.out = body + 2 * wide;
+    uint8_t* factors = body + 2 * wide;
+    writer.out = factors + 2 * rows;
     int64_t saturated = 0;
     vi largest = {}, beyond = {};
     int32_t worst = 0;
     int8_t q[TILE + 64];
-    tiles(first, count, features, [&](int64_t i, int64_t f, int n) {
+    float divisor = 1.0f;
+    auto tile = [&](int64_t i, int64_t f, int n) {
         int j = 0;
         for (; j + W <= n; j += W) {
             const vf x = load(values + i + j);
             largest = max_bits(largest, bits_of(x) & 0x7fffffff);
-            const vf steps = (x - load(mean + f + j)) / load(scale + f + j);
+            vf steps = (x - load(mean + f + j)) / load(scale + f + j);
+            if (rows) steps = steps / divisor;
             beyond += (vi)(steps >= 7.5f) + (vi)(steps < -8.5f);         // what rounds to 8 or -9: halves go to the even number
             narrow(rounded_bits(clamp(steps, -8.0f, 7.0f)), (uint8_t*)q + j);
         }
         for (; j < n; ++j) {
-            const float x = to_float(values[i + j]), steps = (x - mean[f + j]) / scale[f + j];
+            const float x = to_float(values[i + j]);
+            float steps = (x - mean[f + j]) / scale[f + j];
+            if (rows) steps = steps / divisor;
             worst = std::max(worst, magnitude_bits(x));
             saturated += steps >= 7.5f || steps < -8.5f;
             q[j] = (int8_t)__builtin_rintf(std::min(std::max(steps, -8.0f), 7.0f));
@@ -199,6 +225,15 @@ int64_t pack_features(const T* values, int64_t first, int64_t count, int64_t fea
             j = stop + 1;
         }
         writer.flush(false);
+    };
+    rows_of(first, count, features, [&](int64_t i, int64_t f, int64_t n) {
+        if (rows) {
+            bf16 factor;
+            divisor = row_factor(values + i, n, scale + f, mean + f, &factor);
+            std::memcpy(factors, &factor, 2);
+            factors += 2;
+        }
+        tiles_of(i, f, n, tile);
     });
     writer.flush(true);
     for (int lane = 0; lane < W; ++lane) saturated -= beyond[lane];
@@ -206,13 +241,15 @@ int64_t pack_features(const T* values, int64_t first, int64_t count, int64_t fea
 }
 
 void unpack_features(const uint8_t* body, int64_t first, int64_t count, int64_t features, int64_t outliers, const float* step,
-                     const float* mean, const int32_t* outlier, int64_t wide, float* out, bool accumulate) {
+                     const float* mean, const int32_t* outlier, int64_t wide, int64_t rows, float* out, bool accumulate) {
     NibbleReader reader;
-    reader.in = body + 2 * wide;
+    const uint8_t* factors = body + 2 * wide;
+    reader.in = factors + 2 * rows;
     reader.left = count - wide;
     int8_t q[TILE + 64];
     std::memset(reader.q, 0, sizeof reader.q);
-    tiles(first, count, features, [&](int64_t i, int64_t f, int n) {
+    float factor = 1.0f;
+    auto tile = [&](int64_t i, int64_t f, int n) {
         const int32_t *begin = std::lower_bound(outlier, outlier + outliers, (int32_t)f), *next = begin;
         reader.fill((int)std::min<int64_t>(n, reader.end - reader.start + reader.left));
         int j = 0;
@@ -227,11 +264,12 @@ void unpack_features(const uint8_t* body, int64_t first, int64_t count, int64_t 
         const int32_t* end = next;
         for (next = begin; next < end; ++next) held[next - begin] = accumulate ? out[i + *next - f] : 0.0f;
         for (j = 0; j + W <= n; j += W) {
-            const vf product = apart(to_floats((widen((uint8_t*)q + j) << 24) >> 24) * load(step + f + j));
+            const vf each = load(step + f + j) * factor;
+            const vf product = apart(to_floats((widen((uint8_t*)q + j) << 24) >> 24) * each);
             put(out + i + j, product + load(mean + f + j), accumulate);
         }
         for (; j < n; ++j) {
-            const float value = apart((float)q[j] * step[f + j]) + mean[f + j];
+            const float value = apart((float)q[j] * apart(step[f + j] * factor)) + mean[f + j];
             out[i + j] = accumulate ? out[i + j] + value : value;
         }
         for (next = begin; next < end; ++next, body += 2) {
@@ -239,6 +277,14 @@ void unpack_features(const uint8_t* body, int64_t first, int64_t count, int64_t 
             std::memcpy(&kept, body, 2);
             out[i + *next - f] = accumulate ? held[next - begin] + to_float(kept) : to_float(kept);
         }
+    };
+    rows_of(first, count, features, [&](int64_t i, int64_t f, int64_t n) {
+        if (rows) {
+            bf16 each;
+            std::memcpy(&each, factors, 2);
+            factors += 2, factor = to_float(each);
+        }
+        tiles_of(i, f, n, tile);
     });
 }
 
@@ -261,8 +307,8 @@ extern "C" void hetero_attn_cpu_unpack_groups(const uint8_t* body, int64_t count
 
 extern "C" int64_t hetero_attn_cpu_pack_features(const void* values, int32_t dtype, int64_t first, int64_t count, int64_t features,
                                                  int64_t outliers, const float* scale, const float* mean, const int32_t* outlier,
-                                                 int64_t wide, uint8_t* body) {
-    auto run = [&](auto* x) { return ha::pack_features(x, first, count, features, outliers, scale, mean, outlier, wide, body); };
+                                                 int64_t wide, int64_t rows, uint8_t* body) {
+    auto run = [&](auto* x) { return ha::pack_features(x, first, count, features, outliers, scale, mean, outlier, wide, rows, body); };
     switch (dtype) {
         case HA_F32: return run(static_cast<const float*>(values));
         case HA_F16: return run(static_cast<const ha::f16*>(values));
@@ -272,7 +318,7 @@ extern "C" int64_t hetero_attn_cpu_pack_features(const void* values, int32_t dty
 }
 
 extern "C" void hetero_attn_cpu_unpack_features(const uint8_t* body, int64_t first, int64_t count, int64_t features, int64_t outliers,
-                                                const float* step, const float* mean, const int32_t* outlier, int64_t wide, float* out,
-                                                int32_t accumulate) {
-    ha::unpack_features(body, first, count, features, outliers, step, mean, outlier, wide, out, accumulate);
+                                                const float* step, const float* mean, const int32_t* outlier, int64_t wide, int64_t rows,
+                                                float* out, int32_t accumulate) {
+    ha::unpack_features(body, first, count, features, outliers, step, mean, outlier, wide, rows, out, accumulate);
 }

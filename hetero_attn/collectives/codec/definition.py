@@ -2,7 +2,7 @@
 
 group32: groups of 32 values in a row share a scale, taken from the group itself. A scale is bf16: its eight bits are enough, since q is
 taken with the scale as rounded, and its exponent reaches as far as any value's, where fp16 would overflow in silence.
-features: every feature of a sender has a scale and a mean that all ranks know, and the outlier features travel as bf16.
+features: every feature of a sender has a scale and a mean that all ranks know, a row may have a factor, and outliers travel as bf16.
 Sums are the caller's; what a value is after the wire does not depend on who unpacks it, nor by which code.
 """
 
@@ -17,6 +17,7 @@ LARGEST = {4: 7, 8: 127}                             # bits -> the largest q of 
 LOWEST, HIGHEST = -8, 7                              # of a static scale, which a value may exceed
 SMALLEST_SCALE = 2.0**-126                           # below it a reciprocal overflows, and some machines flush: such groups are zeros
 BF16_LARGEST = torch.finfo(torch.bfloat16).max
+STEPS_MOST = 1e38                                    # a value that is more scales off its mean than this: its row factor stays finite
 
 
 def nibbles_size(count: int) -> int:
@@ -30,9 +31,9 @@ def groups_size(count: int, bits: int) -> int:
 
 
 def features_size(first: int, count: int, table: FeatureTable) -> int:
-    """Bytes of `count` values from `first` on: the outliers' bf16, then the q of the rest."""
+    """Bytes of `count` values from `first` on: the outliers' bf16, the rows' bf16 factors, then the q of the rest."""
     outliers = table.outliers_in(first, count)
-    return 2 * outliers + nibbles_size(count - outliers)
+    return 2 * outliers + 2 * table.rows_in(first, count) + nibbles_size(count - outliers)
 
 
 def pack_nibbles(q: torch.Tensor) -> torch.Tensor:
@@ -97,20 +98,31 @@ class TorchKernels:
         feature, outlier = table.features_of(first, x.numel())
         wide = x[outlier]
         kept = wide.clamp(-BF16_LARGEST, BF16_LARGEST).to(torch.bfloat16)                      # what rounds to Inf is not to become it
-        rounded = ((x - table.mean[feature]) / table.scale[feature])[~outlier].round()
+        steps = (x - table.mean[feature]) / table.scale[feature]
+        factors, row = x.new_empty(table.rows_in(first, x.numel()), dtype=torch.bfloat16), table.rows_of(first, x.numel())
+        if factors.numel():
+            largest = x.new_zeros(factors.numel()).scatter_reduce(0, row, steps.abs(), "amax").clamp(max=STEPS_MOST)
+            factors = (largest / x.new_tensor(HIGHEST)).to(torch.bfloat16)
+            factors[factors < SMALLEST_SCALE] = 0
+            steps = steps / torch.where(factors > 0, factors.float(), torch.inf)[row]
+        rounded = steps[~outlier].round()
         q = rounded.clamp(LOWEST, HIGHEST)
-        body[: 2 * kept.numel()] = kept.view(torch.uint8)
-        body[2 * kept.numel() :] = pack_nibbles(q.to(torch.int8))
+        edge = 2 * (kept.numel() + factors.numel())
+        body[:edge] = torch.cat([kept, factors]).view(torch.uint8)
+        body[edge:] = pack_nibbles(q.to(torch.int8))
         return int((rounded != q).sum() + wide.to(torch.bfloat16).isinf().sum())
 
     def unpack_features(self, body: torch.Tensor, first: int, table: FeatureTable, out: torch.Tensor, accumulate: bool) -> None:
         """body -> out fp32 [n], written or added to."""
         feature, outlier = table.features_of(first, out.numel())
-        wide = int(outlier.sum())
+        wide, rows = int(outlier.sum()), table.rows_in(first, out.numel())
+        edge = 2 * (wide + rows)
+        known = body[:edge].clone().view(torch.bfloat16).float()                               # outliers, then factors
+        step = table.step[feature] * known[wide:][table.rows_of(first, out.numel())] if rows else table.step[feature]
         found = torch.empty_like(out)
-        found[outlier] = body[: 2 * wide].clone().view(torch.bfloat16).float()
-        rest = feature[~outlier]
-        found[~outlier] = unpack_nibbles(body[2 * wide :], out.numel() - wide).float() * table.step[rest] + table.mean[rest]
+        found[outlier] = known[:wide]
+        rest = ~outlier
+        found[rest] = unpack_nibbles(body[edge:], out.numel() - wide).float() * step[rest] + table.mean[feature[rest]]
         _put(out, found, accumulate)
 
 
