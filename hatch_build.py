@@ -45,7 +45,9 @@ class PrebuiltKernels(BuildHookInterface):
     def _build(self, root: Path, folder: Path) -> list[dict]:
         """Every declared kernel, compiled into `folder`: the rows of `hetero-attn build --json`. Its errors go to stderr."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "backends")])}
-        command = [sys.executable, "-m", "hetero_attn", "build", "--arch", "all", "--into", str(folder), "--json"]
+        # the checkout's own backends: the building environment may have others installed, whose sources lie elsewhere
+        names = [path.name.removeprefix("hetero_attn_") for path in sorted((root / "backends").glob("hetero_attn_*"))]
+        command = [sys.executable, "-m", "hetero_attn", "build", "--arch", "all", "--into", str(folder), "--json", "--backend", *names]
         done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise RuntimeError("HETERO_ATTN_PREBUILD is set, and the kernels could not be built (see above); they need a C++ compiler, and "

@@ -152,7 +152,7 @@ def test_full_queues_drop_and_strangers_are_counted():
 # -- the network
 
 def test_the_links_keep_their_promises(network):
-    for _ in range(3):
+    for _ in range(8):
         found = network.prove(seconds=0.5)
         if not broken_promises(found):
             break
@@ -166,7 +166,7 @@ def test_the_links_keep_their_promises(network):
 
 def test_wires_of_the_kernel_alone(possible):
     with links(ranks=2, rate_mbit=200, delay_ms=0, via="netem") as wires:      # without a delay sch_netem is not needed
-        for _ in range(3):
+        for _ in range(8):
             found = wires.prove(seconds=0.4)
             if not broken_promises(found):
                 break

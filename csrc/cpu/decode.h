@@ -6,6 +6,7 @@
 
 #include "decode_products.h"
 #include "decode_softmax.h"
+#include "parallel.h"
 
 namespace ha {
 namespace decode {

@@ -3,7 +3,6 @@
 // the instruction) are widened to fp32; with native bf16 dot products a vector holds 2 W bf16 values and nothing is widened.
 #pragma once
 #include <algorithm>
-#include <type_traits>
 #include <utility>
 
 #include "abi.h"
@@ -19,15 +18,7 @@ struct Product {
     using Packed = float;
     using Vector = vf;
     static constexpr int STEP = W;
-    static HA_INLINE Vector widen(const T* p) {
-        // NOTE: said in vector extensions, widening 16-bit integers is four shuffles to GCC; the instruction is one, from memory.
-#if defined(HA_AVX512)
-        if constexpr (std::is_same_v<T, bf16>) return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
-#elif defined(HA_AVX2)
-        if constexpr (std::is_same_v<T, bf16>) return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
-#endif
-        return load(p);
-    }
+    static HA_INLINE Vector widen(const T* p) { return load(p); }
     static HA_INLINE Vector packed(const float* p) { return load(p); }
     static HA_INLINE void pack(float* p, Vector v) { store(p, v); }
     static HA_INLINE vf add(vf sums, Vector a, Vector b) { return a * b + sums; }

@@ -3,6 +3,7 @@
 // and outputs = Vᵀ·P are register-blocked products (prefill_products.h, prefill_bf16.h), and nothing is ever summed across lanes.
 // Memory: queries and outputs [rows][D + Dv] and one tile of K and V (L2), one panel's scores and mask [keys][lanes] (L1).
 #pragma once
+#include "parallel.h"
 #include "prefill_panel.h"
 
 namespace ha {

@@ -1,8 +1,7 @@
 // The definition in C++, one row at a time: scores, online softmax, weighted sum, over the keys that the row sees and no others.
-// It serves the few rows that the fast kernels cannot (NaN or Inf in a value that a neighbouring row must not see) and the self-check.
+// It serves the few rows that the fast kernels cannot: NaN or Inf in a value that a neighbouring row must not see.
 #pragma once
 #include "call.h"
-#include "parallel.h"
 
 namespace ha {
 
@@ -45,26 +44,6 @@ void attend_row(const Call<T>& call, const Item& item, int64_t row, float* o, fl
         for (int d = 0; d < a.v_head_dim; ++d) o[d] = o[d] * keep + p * to_float(v[d * values.element_stride]);
         m = top;
     }
-}
-
-// A whole item by that definition. False: out of memory.
-template <class T>
-bool attend_rows(const Call<T>& call, const Item& item, float* partials, Scratch& scratch) {
-    float* o = scratch.take(partial_floats(call.a));
-    if (!o) return false;
-    for (int64_t r = 0; r < item.rows; ++r) {
-        float m, l;
-        float* to = item.partial < 0 ? o : partials + (item.partial + r) * partial_floats(call.a);
-        attend_row(call, item, item.row + r, to, m, l);
-        if (item.partial < 0) {
-            int64_t row = item.row + r;
-            finish_row(call, item.batch, item.kv_head * call.group + row % call.group, row / call.group, to, m, l);
-        } else {
-            to[call.a.v_head_dim] = m;
-            to[call.a.v_head_dim + 1] = l;
-        }
-    }
-    return true;
 }
 
 }  // namespace ha

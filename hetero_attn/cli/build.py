@@ -31,6 +31,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     what.add_argument("--force", action="store_true", help="compile even what is there")
     what.add_argument("--list", action="store_true", help="show every declared kernel and whether it is built; build nothing")
     parser.add_argument("--arch", nargs="+", metavar="NAME", help="labels such as avx2, or 'all' (default: what this machine will use)")
+    parser.add_argument("--backend", nargs="+", metavar="NAME", help="only these backends' kernels (default: every backend's)")
     parser.add_argument("--into", metavar="DIR", help="a folder instead of the user's cache, as a wheel carries it")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
@@ -40,7 +41,7 @@ def run(args) -> int:
     """Builds or lists. Returns 0; raises CommandFailed if a kernel could not be built, after the others have been."""
     from hetero_attn.jit import cache_folder, compiler_reason
 
-    declared, remarks = declared_kernels()
+    declared, remarks = declared_kernels(args.backend)
     chosen = select(declared, args.arch, everything=args.list)
     into = Path(args.into).absolute() if args.into else None
     rows = []
@@ -64,12 +65,15 @@ def run(args) -> int:
     return 0
 
 
-def declared_kernels() -> tuple[list[tuple[str, Kernel]], dict[str, str]]:
-    """(backend name, kernel) of everything declared, in the backends' order; and backend name -> why one could not declare."""
+def declared_kernels(only: list[str] | None = None) -> tuple[list[tuple[str, Kernel]], dict[str, str]]:
+    """(backend name, kernel) of everything declared, in the backends' order; and backend name -> why one could not declare.
+
+    only: the backends that are asked, None = all. An unknown name is a remark.
+    """
     from hetero_attn import registry
 
     declared, remarks = [], {}
-    for name in registry.names():
+    for name in only or registry.names():
         try:
             declared += [(name, kernel) for kernel in registry.get(name).kernels()]
         except Exception as error:
