@@ -56,7 +56,7 @@ def test_it_reports_every_site(configured):
     layers = ModelConfig.from_dir(TINY).layers
     expected = [f"layers.{layer}.{name}" for layer in range(layers) for name in ("o_proj", "down_proj")]
     assert [row["site"] for row in answer["sites"]] == expected
-    assert all(len(row["outlier_features"]) == 256 // 64 and row["bits_per_value"] == 4.1875 for row in answer["sites"])
+    assert all(len(row["outlier_features"]) == 256 // 64 and row["bits_per_value"] == 4.1875 + 16 / 256 for row in answer["sites"])
     assert answer["chunks"] == CHUNKS and Path(answer["file"]).parent == folder / "overlays"
     assert not list((folder / "overlays").glob(".*safetensors*")), "a temporary file was left"
 

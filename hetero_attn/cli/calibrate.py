@@ -162,7 +162,7 @@ class Progress:
     """Chunks done: a line that grows on a terminal, one at the end elsewhere. On stderr."""
 
     def __init__(self, total: int, tokens: int) -> None:
-        self._text, self._began, self._bar = f"of 2 x {total} chunks of {tokens} tokens", time.perf_counter(), sys.stderr.isatty()
+        self._text, self._began, self._bar = f"of {total} chunks of {tokens} tokens", time.perf_counter(), sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
         line = f"calibrating: {done} {self._text}, {time.perf_counter() - self._began:.1f} s"

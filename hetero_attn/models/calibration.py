@@ -7,7 +7,6 @@ bias included. Loading looks for the result under the same key (profile, device,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors import safe_open
 
 from hetero_attn.collectives.codec import CALIBRATED, EXACT_SITES
 from hetero_attn.collectives.codec.calibration import (
+    BY_RANK,
     Calibration,
     CalibrationError,
     SiteRanges,
@@ -23,8 +23,10 @@ from hetero_attn.collectives.codec.calibration import (
     fingerprint,
     from_bytes,
     read,
+    total_range,
 )
-from hetero_attn.collectives.codec.measure import MovingRange, ScaleSearch
+from hetero_attn.collectives.codec.features import outliers_of
+from hetero_attn.collectives.codec.measure import MovingRange
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.models.weights import Checkpoint
@@ -37,76 +39,61 @@ CODECS_WITH = (CALIBRATED, "auto")                   # a profile's codec that lo
 
 
 class RangeObserver(Communicator):
-    """Wraps a communicator, and shows every sum's summand (this rank's) and the sum to `looks`, one a site for each.
-
-    At first these are moving ranges; look_again() puts the search for the best scales in their place, for the same text once more.
-    """
+    """Wraps a communicator, and keeps the moving ranges of every sum's summand (this rank's) and of the sum."""
 
     def __init__(self, base: Communicator) -> None:
         super().__init__(base.rank, base.world_size, device=base.device, base=base)
         self.summands: dict[str, MovingRange] = {}
         self.sums: dict[str, MovingRange] = {}
-        self.searches: tuple[dict[str, ScaleSearch], dict[str, ScaleSearch]] | None = None     # of summands, of sums
 
     def all_reduce(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
         """Sum as the base does. Raises ModelError where the model's values are not finite."""
         if site in EXACT_SITES or not x.is_floating_point():
             return self.base.all_reduce(x, site=site)
-        self._look(0, site, x)
+        self._watch(self.summands, site, x)
         self.base.all_reduce(x, site=site)
-        self._look(1, site, x)
+        self._watch(self.sums, site, x)
         return x
 
     def reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
         return self.all_reduce(x.clone(), site=site)[self.rows(x.shape[0])].clone()
 
-    def look_again(self) -> None:
-        """The ranges are known: from now on look for scales."""
-        self.searches = tuple({site: ScaleSearch(range_) for site, range_ in seen.items()} for seen in (self.summands, self.sums))
-
-    def _look(self, which: int, site: str, x: torch.Tensor) -> None:
-        if self.searches is not None:
-            self.searches[which][site].update(x)
-            return
+    def _watch(self, ranges: dict[str, MovingRange], site: str, x: torch.Tensor) -> None:
         try:
-            (self.summands, self.sums)[which].setdefault(site, MovingRange()).update(x)
+            ranges.setdefault(site, MovingRange()).update(x)
         except ValueError as error:
             raise ModelError(f"rank {self.rank} at {site}: {error}; the model cannot be calibrated in this dtype, try --dtype float32"
                              ) from None
 
     def gathered(self) -> dict[str, SiteRanges]:
-        """Every rank's numbers, on every rank. All ranks call it after the same calls, and after look_again()."""
+        """Every rank's numbers, on every rank. All ranks call it after the same calls."""
         sites = list(self.summands)
         if not sites:
             return {}
-        by_site = [(self.summands[site], self.searches[0][site]) for site in sites]
-        own = torch.stack([torch.stack([range_.lowest, range_.highest, search.scale, search.mean]) for range_, search in by_site])
+        own = torch.stack([torch.stack([getattr(self.summands[site], part) for part in BY_RANK]) for site in sites])
         every = self.base.all_gather(own[None], sizes=[1] * self.world_size, site=SITE)                # [N, sites, 4, E]
         found = {}
         for place, site in enumerate(sites):
-            lowest, highest, scale, mean = (every[:, place, part].contiguous() for part in range(4))    # [N, E]
-            total, search = self.sums[site], self.searches[1][site]
-            plain = SiteRanges.symmetric(lowest, highest, total.lowest, total.highest)
-            found[site] = replace(plain, scale=scale, mean=mean, sum_scale=search.scale, sum_mean=search.mean)
+            by_rank = [every[:, place, part].contiguous() for part in range(len(BY_RANK))]             # [N, E] each
+            of_sum = [getattr(self.sums[site], part) for part in BY_RANK]                              # [E] each
+            found[site] = SiteRanges(*by_rank, *of_sum, outliers_of(total_range(*by_rank[:2])))
         return found
 
 
 def measure_ranges(model, chunks: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None) -> dict[str, SiteRanges]:
-    """Run each chunk of token ids through the model, by itself, twice; what its sites need. All ranks call it with the same chunks.
+    """Run each chunk of token ids through the model, by itself; what its sites need. All ranks call it with the same chunks.
 
-    model: loaded with a new RangeObserver as its communicator. progress(done, total) after each run of a chunk.
+    model: loaded with a new RangeObserver as its communicator. progress(done, total) after each chunk.
     """
     observer = model.communicator
     if not isinstance(observer, RangeObserver):
         raise TypeError(f"measure_ranges: the model's communicator is {observer!r}, expected a RangeObserver")
-    for done, chunk in enumerate([*chunks, *chunks], 1):
+    for done, chunk in enumerate(chunks, 1):
         cache = model.new_cache(len(chunk), 1)
         step = cache.step([cache.add_sequence()], [len(chunk)], torch.tensor(chunk), last_only=True)
         model(step, cache)
-        if done == len(chunks):
-            observer.look_again()
         if progress is not None:
-            progress(done, 2 * len(chunks))
+            progress(done, len(chunks))
     return observer.gathered()
 
 
@@ -188,14 +175,17 @@ def _tell(communicator: Communicator, content: bytes, length: int) -> bytes:
 
 
 def summary(calibration: Calibration) -> list[dict[str, Any]]:
-    """A row a site: the median and the largest R_j, how many features are outliers, what share is beyond twice the median, bits a value."""
-    rows = []
+    """A row a site: the median and the largest R_j, how many features are outliers, what share is beyond twice the median, bits a value.
+
+    Bits are of whole rows, without the status byte of a message.
+    """
+    rows, row_bits = [], 16 if calibration.row_factors else 0
     for site, ranges in calibration.sites.items():
         spread, kept = ranges.ranges, ranges.outliers.numel()
         features, median = spread.numel(), spread.median().item()
         rows.append({
             "site": site, "features": features, "median_range": median, "largest_range": spread.max().item(), "outliers": kept,
             "beyond_twice_median": (spread > 2 * median).float().mean().item(),
-            "outlier_features": ranges.outliers.tolist(), "bits_per_value": 4 + 12 * kept / features if features else 0.0,
+            "outlier_features": ranges.outliers.tolist(), "bits_per_value": 4 + (12 * kept + row_bits) / features if features else 0.0,
         })
     return rows

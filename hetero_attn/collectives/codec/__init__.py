@@ -1,6 +1,7 @@
 """Codecs: partial sums in 4 or 8 bits on the wire. Which there are, and what each makes of a call.
 
-    int4_outliers   4.19 bits  scales measured beforehand (`hetero-attn calibrate`), the largest 1/64 of the features as bf16
+    int4_outliers   4.19 bits  scales measured beforehand (`hetero-attn calibrate`), the largest 1/64 of the features as bf16, and a factor
+                               a row (4.1875 bits + 16 a row)
     int4_group32    4.50 bits  a scale for 32 values in a row, taken from them
     int8_group32    8.50 bits  the same in 8 bits
 A codec is lossy, so nothing gets one unless the profile asks for it. The embedding is looked up, not summed (one rank has the row, the

@@ -49,29 +49,38 @@ class SiteRanges:
     @property
     def ranges(self) -> torch.Tensor:
         """R_j = Σ_i 2·max(|min_ij|, |max_ij|), fp32 [E]."""
-        return 2 * torch.maximum(self.lowest.abs(), self.highest.abs()).sum(0)
+        return total_range(self.lowest, self.highest)
 
     @classmethod
     def symmetric(cls, lowest: torch.Tensor, highest: torch.Tensor, sum_lowest: torch.Tensor, sum_highest: torch.Tensor) -> SiteRanges:
         """The paper's scales, symmetric about 0, and the outlier set that the ranges call for."""
-        ranges = 2 * torch.maximum(lowest.abs(), highest.abs()).sum(0)
         scale, sum_scale = symmetric_scale(lowest, highest), symmetric_scale(sum_lowest, sum_highest)
         return cls(lowest, highest, scale, torch.zeros_like(scale), sum_lowest, sum_highest, sum_scale, torch.zeros_like(sum_scale),
-                   outliers_of(ranges))
+                   outliers_of(total_range(lowest, highest)))
 
-    def tables(self) -> tuple[list[FeatureTable], FeatureTable]:
+    def tables(self, row_factors: bool = True) -> tuple[list[FeatureTable], FeatureTable]:
         """The table of each sender, and that of sums."""
-        senders = [FeatureTable(scale, mean, self.outliers) for scale, mean in zip(self.scale, self.mean)]
-        return senders, FeatureTable(self.sum_scale, self.sum_mean, self.outliers)
+        senders = [FeatureTable(scale, mean, self.outliers, row_factors=row_factors) for scale, mean in zip(self.scale, self.mean)]
+        return senders, FeatureTable(self.sum_scale, self.sum_mean, self.outliers, row_factors=row_factors)
+
+
+def total_range(lowest: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """lowest, highest [N, E] -> R_j = Σ_i 2·max(|min_ij|, |max_ij|) [E]."""
+    return 2 * torch.maximum(lowest.abs(), highest.abs()).sum(0)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The sites of one model at one number of ranks; facts: how it was measured (model, fingerprint, date, text, chunks, ...)."""
+    """The sites of one model at one number of ranks; facts: how it was measured (model, fingerprint, date, text, chunks, ...).
+
+    row_factors: rows travel with a factor each; without, scales are to be such that values fit them (SiteRanges.symmetric), and what does
+    not saturates.
+    """
 
     world_size: int
     sites: Mapping[str, SiteRanges]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    row_factors: bool = True
     _tables: dict[str, tuple[list[FeatureTable], FeatureTable]] = field(default_factory=dict, repr=False, compare=False)
 
     def tables(self, site: str, width: int, world_size: int) -> tuple[list[FeatureTable], FeatureTable]:
@@ -84,7 +93,7 @@ class Calibration:
                                    "none for calls outside the model")
         found = self._tables.get(site)
         if found is None:
-            found = self._tables[site] = self.sites[site].tables()
+            found = self._tables[site] = self.sites[site].tables(self.row_factors)
         if found[1].features != width:
             raise CalibrationError(f"{site} was calibrated with {found[1].features} features, the tensor's rows have {width}")
         return found
@@ -92,7 +101,7 @@ class Calibration:
     def to_bytes(self) -> bytes:
         """The file's content; from_bytes() makes an equal calibration of it on any rank."""
         tensors = {f"{site}.{part}": getattr(ranges, part).contiguous() for site, ranges in self.sites.items() for part in PARTS}
-        facts = json.dumps({"world_size": self.world_size, "sites": list(self.sites), **self.facts})
+        facts = json.dumps({"world_size": self.world_size, "row_factors": self.row_factors, "sites": list(self.sites), **self.facts})
         return save(tensors, metadata={"format": FORMAT, "facts": facts})
 
     def write(self, path: Path) -> None:
@@ -131,7 +140,7 @@ def read(path: Path) -> Calibration:
             if metadata.get("format") != FORMAT:
                 raise CalibrationError(f"{path} is {metadata.get('format')!r}, expected {FORMAT!r}; calibrate again")
             facts = json.loads(metadata["facts"])
-            world_size, names = facts.pop("world_size"), facts.pop("sites")
+            world_size, names, row_factors = (facts.pop(name) for name in ("world_size", "sites", "row_factors"))
             sites = {name: SiteRanges(*(opened.get_tensor(f"{name}.{part}") for part in PARTS)) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, CalibrationError):
@@ -139,7 +148,7 @@ def read(path: Path) -> Calibration:
         raise CalibrationError(f"{path} is no calibration ({type(error).__name__}: {error}); delete it and calibrate again") from None
     for name, ranges in sites.items():
         _check(path, name, ranges, world_size)
-    return Calibration(world_size, sites, facts)
+    return Calibration(world_size, sites, facts, bool(row_factors))
 
 
 def _check(path: Path, name: str, ranges: SiteRanges, world_size: int) -> None:

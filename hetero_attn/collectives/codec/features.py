@@ -18,7 +18,7 @@ SCALE_FLOOR = 1e-8                                   # of a feature that was alw
 
 
 class FeatureTable:
-    """Scales [E], means [E] and outliers [k] of one sender: q = clamp(round((x - mean) / scale / t), -8, 7); x becomes q · (step · t) + mean.
+    """Scales [E], means [E] and outliers [k] of one sender: q = clamp(round((x - mean) / scale / t), -8, 7), x becomes q·(step·t) + mean.
 
     scale, mean: fp32 [E]. outliers: ascending features, whose scale is Inf, step -0 and mean -0, so that kernels may run over them: x / Inf
     is 0, and adding 0 · -0 + -0 changes no bit. row_factors: whether each row has its own t, on the wire; else t is 1.
