@@ -3,7 +3,7 @@
 Every variant runs the same windows of text through the same ranks; only what the all-reduces of o_proj and down_proj carry differs. So
 differences are taken window by window, and their standard error is that of the difference, not of the loss.
 
-    PYTHONPATH=.:backends python benchmarks/codec_accuracy.py --tp 4 8 --out docs/measured/codec_accuracy.md --json /tmp/accuracy.json
+    PYTHONPATH=.:backends python benchmarks/codec_accuracy.py --tp 4 8 --out docs/measured/codec_accuracy.md --json accuracy.json
 """
 
 from __future__ import annotations

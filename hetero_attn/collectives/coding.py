@@ -22,11 +22,11 @@ class Coding:
 
     def size(self, first: int, count: int, stage: str = PARTIAL) -> int:
         """How many bytes `count` > 0 values from `first` on take; every rank must find the same."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define size()")
 
     def encode(self, values: torch.Tensor, first: int, stage: str = PARTIAL) -> torch.Tensor:
         """Contiguous values [count] as uint8 [size]; may share memory with them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
     def encode_pieces(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Sequence[torch.Tensor | None]:
         """Each run of counts[i] of contiguous values [sum of counts], encoded by itself as from firsts[i] on; None for an empty run."""
@@ -35,7 +35,7 @@ class Coding:
 
     def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
         """What `sender` encoded, as a tensor [count] of the call's dtype, or fp32 where that is 16 bits wide; may share memory."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define decode()")
 
     def total(self, payloads: Sequence[torch.Tensor], first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """The sum of what all ranks encoded, payloads in rank order, as sum_in_rank_order() takes it: [count] of `dtype`."""

@@ -37,14 +37,16 @@ class LossyCoding(Coding):
         self._refusals: set[tuple[int, int]] = set()                # (status, sender of it); the least is told
 
     def body_size(self, first: int, count: int, stage: str) -> int:
-        raise NotImplementedError
+        """Bytes of `count` > 0 values from `first` on, the status byte not counted; the same on every rank."""
+        raise NotImplementedError(f"{type(self).__name__} must define body_size()")
 
     def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> int:
         """values [count > 0] -> body; how many saturated, -1 where one is not finite."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define pack()")
 
     def unpack(self, body: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, accumulate: bool) -> None:
-        raise NotImplementedError
+        """body -> out [count] fp32, written, or added to where `accumulate`; `sender` tells whose scales it was packed with."""
+        raise NotImplementedError(f"{type(self).__name__} must define unpack()")
 
     # ---- Coding -----------------------------------------------------------------------------------------------------------
 
