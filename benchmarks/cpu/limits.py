@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from hetero_attn import host_memory
+
 GEMM_SIZE = 2048
 READ_AT_LEAST = 256 << 20           # bytes a timed reading covers at least, so that starting its threads does not show
 VARIANTS = ((1, 0), (1, 1024), (4, 0), (4, 1024))       # (streams, bytes prefetched ahead) of the read loop
@@ -44,7 +46,7 @@ class ReadProbe:
     """Reads a buffer of `nbytes` again and again with torch's number of threads: from the caches if it fits there, else from memory."""
 
     def __init__(self, nbytes: int):
-        self._buffer = torch.ones(-(-nbytes // 512) * 64, dtype=torch.int64)               # 8 bytes each, touched; a multiple of 512 bytes
+        self._buffer = host_memory.empty((-(-nbytes // 512) * 64,), torch.int64).fill_(1)     # 8 bytes each, touched; a multiple of 512 bytes
         self.nbytes = self._buffer.nbytes
         self._repeats = max(1, READ_AT_LEAST // self.nbytes)
         self._variant = VARIANTS[0]

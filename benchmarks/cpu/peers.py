@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import hetero_attn
 from cpu.shapes import Shape
 from cpu.timing import once
+from hetero_attn import host_memory
 from hetero_attn.testing.tolerances import mismatch
 
 ROWS_CHECKED = 48                   # of every head, first and last among them
@@ -63,7 +64,8 @@ def operands(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     """q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D], standard normal, the same for every run."""
     generator = torch.Generator().manual_seed(0)
     def normal(heads: int, length: int) -> torch.Tensor:
-        return torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator).to(dtype)
+        made = torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator)
+        return host_memory.empty(made.shape, dtype).copy_(made)         # in the pages that our KV cache has, for everybody
 
     return normal(shape.q_heads, shape.q_len), normal(shape.kv_heads, shape.kv_len), normal(shape.kv_heads, shape.kv_len)
 
@@ -155,7 +157,7 @@ def _ort_session(graph: bytes, shape: Shape, q, k, v, spin: str) -> Contender:
     options.add_session_config_entry("session.force_spinning_stop", "1")           # others are timed after it
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    cache_k, cache_v = k.clone(), v.clone()
+    cache_k, cache_v = (host_memory.empty(x.shape, x.dtype).copy_(x) for x in (k, v))
     out = torch.empty(shape.batch, shape.q_len, shape.q_heads, shape.head_dim, dtype=q.dtype)
     new = slice(shape.kv_len - shape.q_len, None)
     bound = {

@@ -1,6 +1,6 @@
 // Few rows (decode, and the few positions of speculative decoding): one KV head's rows against a range of keys, block by block: scores,
 // softmax, weighted sum. While a block's keys are worked on its values are fetched, and while its values are, the next block's keys, so
-// that memory is never idle: reading K and V is all the time there is.
+// that memory is never idle: reading K and V is all the time there is. One or two rows of fp32 read both streams at once instead.
 #pragma once
 #include <type_traits>
 
@@ -53,18 +53,19 @@ public:
         o_row_ = v_.chunks() * CHUNK<E>;
         int64_t q_floats = R * k_.chunks() * CHUNK<E>, tile_floats = tiled ? block * (keys.wide + values.wide) : 0;
         int64_t natural = whole(a_.v_head_dim, W);
-        float* p = scratch.take(q_floats + R * o_row_ + R * W + natural + CHUNK<E> + R * BLOCK + R * STRIP * W + BLOCK + tile_floats);
+        float* p = scratch.take(q_floats + R * o_row_ + R * W + natural + CHUNK<E> + 2 * R * BLOCK + R * STRIP * W + BLOCK + tile_floats);
         if (!p) return false;
         q_ = p, o_ = q_ + q_floats, l_ = o_ + R * o_row_, natural_ = l_ + R * W;
         within_ = reinterpret_cast<int32_t*>(natural_ + natural);
-        scores_ = natural_ + natural + CHUNK<E>, sums_ = scores_ + R * BLOCK, mask_ = sums_ + R * STRIP * W;
+        scores_ = natural_ + natural + CHUNK<E>, fresh_ = scores_ + R * BLOCK, sums_ = fresh_ + R * BLOCK, mask_ = sums_ + R * STRIP * W;
         std::memset(o_, 0, (R * o_row_ + R * W) * sizeof(float));
         if (tiled) {
             keys.tile = mask_ + BLOCK, values.tile = keys.tile + block * keys.wide;
             std::memset(keys.tile, 0, tile_floats * sizeof(float));
         }
         begin_rows();
-        attend(keys, values, block, tiled);
+        if constexpr (PAIRED<E, R> && std::is_same<T, E>::value) tiled ? attend(keys, values, block, true) : attend_paired(keys, values, block);
+        else attend(keys, values, block, tiled);
         finish(partials);
         return true;
     }
@@ -113,13 +114,50 @@ private:
             n = std::min(block, item_.key_end - key);
             values.point(key, n, value_rows);
             keys.load(key, n), values.load(key, n);
-            score_block<E, R>(q_, here, n, k_, within_, scores_, sums_, Lookahead(value_rows, tiled ? 0 : n, values.width));
+            Lookahead ahead(value_rows, tiled ? 0 : n, values.width);
+            int64_t total = ahead.total();
+            score_block<E, R>(q_, here, n, k_, within_, scores_, sums_, [&](int64_t, int64_t count) { ahead.fetch((total * count + n - 1) / n); });
             softmax(key, n);
             int64_t coming = std::min(block, item_.key_end - key - n);
             keys.point(key + n, coming, next);
             weigh(key, n, value_rows, Lookahead(next, tiled ? 0 : coming, keys.width));
             std::swap(here, next);
         }
+    }
+
+    // While the scores of a block are made the values of the block before it are weighed, a key of each in turn: two streams that the
+    // processor's own prefetcher follows, which is faster than asking for lines where there is so little to compute (MHA of 8192 keys, fp32:
+    // 13.1 -> 8.9 ms, AMD Zen 4; 16-bit rows, half as long and to be widened, gain nothing).
+    void attend_paired(const Source<T, E>& keys, const Source<T, E>& values, int64_t block) {
+        const E *key_rows[BLOCK + SPARE], *value_rows[2][BLOCK + SPARE];
+        const E **here = value_rows[0], **past = value_rows[1];
+        const Lookahead none(value_rows[0], 0, 0);
+        float once[R];
+        std::fill_n(once, R, 1.0f);
+        int64_t past_n = 0;
+        for (int64_t n = 0, key = item_.key; key < item_.key_end; key += n) {
+            n = std::min(block, item_.key_end - key);
+            keys.point(key, n, key_rows);
+            values.point(key, n, here);
+            int64_t paired = seen_by_all(key - past_n, past_n) ? std::min(n, past_n) : 0;
+            score_block<E, R>(q_, key_rows, n, k_, within_, fresh_, sums_, [&](int64_t j, int64_t count) {
+                if (count = std::min(count, paired - j); count > 0)
+                    weigh_block<E, R>(scores_ + j, past + j, count, v_, o_, o_row_, j ? once : keep_, none);
+            });
+            if (paired && paired < past_n) weigh_block<E, R>(scores_ + paired, past + paired, past_n - paired, v_, o_, o_row_, once, none);
+            else if (!paired && past_n) weigh(key - past_n, past_n, past, none);
+            std::swap(scores_, fresh_);
+            softmax(key, n);
+            std::swap(here, past);
+            past_n = n;
+        }
+        if (past_n) weigh(item_.key_end - past_n, past_n, past, none);
+    }
+
+    bool seen_by_all(int64_t key, int64_t n) const {
+        for (const Row& row : rows_)
+            if (row.first > key || row.end < key + n) return false;
+        return n > 0;
     }
 
     void softmax(int64_t key, int64_t n) {
@@ -184,7 +222,7 @@ private:
     int64_t o_row_;
     Row rows_[R];
     float keep_[R];
-    float *q_, *o_, *l_, *natural_, *scores_, *sums_, *mask_;            // q [chunk][part][R][W], o [R][o_row], l [R][W], scores [R][BLOCK]
+    float *q_, *o_, *l_, *natural_, *scores_, *fresh_, *sums_, *mask_;   // q [chunk][part][R][W], o [R][o_row], l [R][W], scores and fresh [R][BLOCK]
     int32_t* within_;
 };
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hetero_attn import host_memory
 from hetero_attn.models.config import ModelError
 
 
@@ -76,8 +77,8 @@ class PagedCache:
         self.max_sequences, self.context_length = max_sequences, context_length
         self.device = torch.device(device)
         shape = (num_blocks, block_size, kv_heads, head_dim)
-        self.k = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(layers)]
-        self.v = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(layers)]
+        self.k = [host_memory.empty(shape, dtype, self.device) for _ in range(layers)]
+        self.v = [host_memory.empty(shape, dtype, self.device) for _ in range(layers)]
         self._free = list(range(num_blocks - 1, -1, -1))          # popped from the end: block 0 goes first
         self._blocks: dict[int, array[int]] = {}                  # sequence id -> its blocks, in order; C ints, copied whole into tables
         self._lengths: dict[int, int] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hetero_attn import host_memory
 from hetero_attn.communicator import Communicator
 from hetero_attn.parallel.sharding import Partition, Shard, split
 from hetero_attn.product import linear
@@ -20,7 +21,7 @@ from hetero_attn.product import linear
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     """A parameter without values and without gradient, to be filled from a checkpoint."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    return nn.Parameter(host_memory.empty(shape, dtype, device), requires_grad=False)
 
 
 class ColumnParallelLinear(nn.Module):
