@@ -46,7 +46,7 @@ class ReadProbe:
     """Reads a buffer of `nbytes` again and again with torch's number of threads: from the caches if it fits there, else from memory."""
 
     def __init__(self, nbytes: int):
-        self._buffer = host_memory.empty((-(-nbytes // 512) * 64,), torch.int64).fill_(1)     # 8 bytes each, touched; a multiple of 512 bytes
+        self._buffer = host_memory.empty((-(-nbytes // 512) * 64,), torch.int64).fill_(1)   # 8 bytes each, touched; a multiple of 512
         self.nbytes = self._buffer.nbytes
         self._repeats = max(1, READ_AT_LEAST // self.nbytes)
         self._variant = VARIANTS[0]
