@@ -1,12 +1,14 @@
 """Refuse what no collective can take, before anything is sent: afterwards the other ranks would wait.
 
-Each check names the operation, the argument, what it was and what was expected: TypeError for a wrong kind, ValueError for a wrong value.
+One function an operation, the same for every communicator, and the arguments of all_reduce_rms_norm as one object. Each check names the
+operation, the argument, what it was and what was expected: TypeError for a wrong kind, ValueError for a wrong value.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,3 +91,73 @@ def agreed_sizes(records: Sequence[Sequence[int]]) -> list[int]:
         shapes = ", ".join(f"{list(row[3:3 + row[0]])} (dim {row[1]}, {DTYPES[row[2]]})" for row in records)
         raise ValueError(f"all_gather: the ranks' tensors are {shapes}; expected them to differ in dim only")
     return [row[3 + row[1]] for row in records]
+
+
+# ---- one an operation ------------------------------------------------------------------------------------------------------------
+
+
+def check_all_reduce(x: Any, *, site: str = "", operation: str = "all_reduce") -> None:
+    """Raise TypeError or ValueError unless all_reduce takes x."""
+    check_tensor(operation, "x", x, written=True)
+    check_sum(operation, x)
+
+
+def check_reduce_scatter(x: Any, *, site: str = "") -> None:
+    """Raise TypeError or ValueError unless reduce_scatter takes x."""
+    check_tensor("reduce_scatter", "x", x)
+    check_rows("reduce_scatter", x)
+    check_sum("reduce_scatter", x)
+
+
+def check_all_gather(x: Any, dim: int, sizes: Sequence[int] | None, rank: int, world_size: int) -> int:
+    """The axis counted from the front; raises TypeError or ValueError unless all_gather takes the arguments."""
+    check_tensor("all_gather", "x", x)
+    dim = check_dim("all_gather", x, dim)
+    check_sizes("all_gather", sizes, x.shape[dim], rank, world_size)
+    if x.dim() > MAX_DIMS:
+        raise ValueError(f"all_gather: x has {x.dim()} axes, expected at most {MAX_DIMS}")
+    return dim
+
+
+def check_broadcast(x: Any, src: int, world_size: int) -> None:
+    """Raise TypeError or ValueError unless broadcast takes the arguments."""
+    check_tensor("broadcast", "x", x, written=True)
+    check_rank("broadcast", "src", src, world_size)
+
+
+class NormArguments(NamedTuple):
+    """The arguments of Communicator.all_reduce_rms_norm, as its docstring describes them; may be built of what start() is given."""
+
+    x: torch.Tensor                                  # [T, C]
+    residual_shard: torch.Tensor                     # [rows(T), C]
+    weight: torch.Tensor                             # [C]
+    eps: float
+    site: str
+    weight_offset: float = 0.0
+    post_weight: torch.Tensor | None = None          # [C]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are given, by name."""
+        named = {"x": self.x, "residual_shard": self.residual_shard, "weight": self.weight}
+        return named if self.post_weight is None else {**named, "post_weight": self.post_weight}
+
+    def check(self, own_rows: int, where: str) -> None:
+        """Raise TypeError or ValueError for what all_reduce_rms_norm does not take. own_rows: this rank's of T; where: which rank."""
+        named = self.tensors
+        for argument, value in named.items():
+            check_tensor("all_reduce_rms_norm", argument, value, written=argument == "residual_shard")
+            if not value.is_floating_point():
+                raise TypeError(f"all_reduce_rms_norm: {argument} is {value.dtype}, expected a floating-point tensor")
+        check_sum("all_reduce_rms_norm", self.x)
+        shape = {"residual_shard": [own_rows, self.x.shape[-1]], "weight": [self.x.shape[-1]], "post_weight": [self.x.shape[-1]]}
+        for argument, value in named.items():
+            if argument != "x" and list(value.shape) != shape[argument]:
+                raise ValueError(f"all_reduce_rms_norm: {argument} is {list(value.shape)}, expected {shape[argument]} "
+                                 f"for x {list(self.x.shape)} on {where}")
+        for argument, value in (("eps", self.eps), ("weight_offset", self.weight_offset)):
+            if not isinstance(value, int | float):
+                raise TypeError(f"all_reduce_rms_norm: {argument} is {type(value).__name__}, expected a number")
+        if not (math.isfinite(self.eps) and self.eps >= 0 and math.isfinite(self.weight_offset)):
+            raise ValueError(f"all_reduce_rms_norm: eps is {self.eps} and weight_offset {self.weight_offset}, expected finite numbers, "
+                             "eps >= 0")

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from hetero_attn.collective_arguments import check_dim, check_rank, check_rows, check_sizes, check_sum, check_tensor
+from hetero_attn.collective_arguments import (
+    NormArguments,
+    check_all_gather,
+    check_all_reduce,
+    check_broadcast,
+    check_reduce_scatter,
+    check_tensor,
+)
 from hetero_attn.norm import rms_norm
 from hetero_attn.product import linear
 
@@ -144,9 +151,7 @@ class Communicator:
 
     def reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
         """Sum x [T, ...] over all ranks; returns this rank's rows(T) of the sum, a new tensor. x is not written."""
-        check_tensor("reduce_scatter", "x", x)
-        check_rows("reduce_scatter", x)
-        check_sum("reduce_scatter", x)
+        check_reduce_scatter(x)
         if self.base is not None:
             return self.base.reduce_scatter(x, site=site)
         return self.all_reduce(x.clone(), site=site)[self.rows(x.shape[0])].clone()
@@ -195,10 +200,13 @@ class Communicator:
         Gemma's order of rounding; 0 is Llama's). T may be smaller than world_size. x is working space: its content is
         unspecified afterwards. An unfused communicator rounds y to x's dtype before the add, a fused one need not.
         """
-        self.check_norm_arguments(x, residual_shard, weight, post_weight)
-        shard = self.reduce_scatter(x, site=site)                                              # [rows(T), C]
-        normed = add_and_norm(shard, residual_shard, weight, eps, weight_offset, post_weight)
-        return self.all_gather(normed, sizes=self.row_counts(x.shape[0]), site=site), residual_shard
+        return self.reduce_add_norm(self.checked_norm(NormArguments(x, residual_shard, weight, eps, site, weight_offset, post_weight)))
+
+    def reduce_add_norm(self, call: NormArguments) -> tuple[torch.Tensor, torch.Tensor]:
+        """(optional) all_reduce_rms_norm of arguments that have been checked: the one to override."""
+        shard = self.reduce_scatter(call.x, site=call.site)                                    # [rows(T), C]
+        normed = add_and_norm(shard, call.residual_shard, call.weight, call.eps, call.weight_offset, call.post_weight)
+        return self.all_gather(normed, sizes=self.row_counts(call.x.shape[0]), site=call.site), call.residual_shard
 
     # ---- asynchronous forms ---------------------------------------------------------------------------------------------
     # start_X(…).wait() gives what X(…) gives. Until then do not touch the tensors handed over. Any number may be in
@@ -261,29 +269,21 @@ class Communicator:
 
     # ---- for those who write one ----------------------------------------------------------------------------------------
 
+    def checked_norm(self, call: NormArguments) -> NormArguments:
+        """The arguments of all_reduce_rms_norm, if they are what it takes on this rank. Raises TypeError or ValueError, before anything
+        is sent."""
+        x = call.x
+        if isinstance(x, torch.Tensor) and x.dim() != 2:
+            raise ValueError(f"all_reduce_rms_norm: x is {list(x.shape)}, expected [T, C]")
+        own = self.rows(x.shape[0]) if isinstance(x, torch.Tensor) else slice(0, 0)
+        call.check(own.stop - own.start, f"rank {self.rank} of {self.world_size}")
+        return call
+
     def check_norm_arguments(
         self, x: torch.Tensor, residual_shard: torch.Tensor, weight: torch.Tensor, post_weight: torch.Tensor | None
     ) -> None:
-        """Raise TypeError or ValueError unless the arguments are what all_reduce_rms_norm takes."""
-        named = {"x": x, "residual_shard": residual_shard, "weight": weight}
-        if post_weight is not None:
-            named["post_weight"] = post_weight
-        for argument, value in named.items():
-            check_tensor("all_reduce_rms_norm", argument, value, written=argument == "residual_shard")
-            if not value.is_floating_point():
-                raise TypeError(f"all_reduce_rms_norm: {argument} is {value.dtype}, expected a floating-point tensor")
-        check_sum("all_reduce_rms_norm", x)
-        if x.dim() != 2:
-            raise ValueError(f"all_reduce_rms_norm: x is {list(x.shape)}, expected [T, C]")
-        own = self.rows(x.shape[0])
-        for argument, expected in {
-            "residual_shard": [own.stop - own.start, x.shape[1]], "weight": [x.shape[1]], "post_weight": [x.shape[1]]
-        }.items():
-            if argument in named and list(named[argument].shape) != expected:
-                raise ValueError(
-                    f"all_reduce_rms_norm: {argument} is {list(named[argument].shape)}, expected {expected} "
-                    f"for x {list(x.shape)} on rank {self.rank} of {self.world_size}"
-                )
+        """checked_norm() of the tensors alone."""
+        self.checked_norm(NormArguments(x, residual_shard, weight, 0.0, "", 0.0, post_weight))
 
     # A wrapper that carries collectives by a way of its own keeps one order, one error and one thread with its base by these four.
 
@@ -343,30 +343,16 @@ class SoloCommunicator(Communicator):
         super().__init__(0, 1, device=device)
 
     def all_reduce(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
-        check_tensor("all_reduce", "x", x, written=True)
-        check_sum("all_reduce", x)
+        check_all_reduce(x)
         return x
 
     def all_gather(self, x: torch.Tensor, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> torch.Tensor:
-        check_tensor("all_gather", "x", x)
-        check_sizes("all_gather", sizes, x.shape[check_dim("all_gather", x, dim)], 0, 1)
+        check_all_gather(x, dim, sizes, 0, 1)
         return x.clone(memory_format=torch.contiguous_format)
 
     def broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> torch.Tensor:
-        check_tensor("broadcast", "x", x, written=True)
-        check_rank("broadcast", "src", src, 1)
+        check_broadcast(x, src, 1)
         return x
 
-    def all_reduce_rms_norm(
-        self,
-        x: torch.Tensor,
-        residual_shard: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        site: str,
-        weight_offset: float = 0.0,
-        post_weight: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.check_norm_arguments(x, residual_shard, weight, post_weight)
-        return add_and_norm(x, residual_shard, weight, eps, weight_offset, post_weight), residual_shard
+    def reduce_add_norm(self, call: NormArguments) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_and_norm(call.x, call.residual_shard, call.weight, call.eps, call.weight_offset, call.post_weight), call.residual_shard

@@ -58,6 +58,11 @@ class DeviceProfile:
     kv_block_size: int = setting("Tokens in one page of the KV cache", default=64, minimum=1)
     prefill_chunk: int = setting("Most tokens of one prefill step; a longer prompt takes several", default=512, minimum=1)
     timeout_s: float = setting("Longest wait inside one collective, seconds", default=30.0, above=0)
+    shared_stage_bytes: int = setting("Communicator cpu: one of the two staging buffers of a rank in shared memory, bytes, a multiple of "
+                                      "4096; with a chunk of the tensor they are to stay in a core's second-level cache",
+                                      default=1 << 19, minimum=4096)
+    shared_heap_bytes: int = setting("Communicator cpu: a rank's room for tensors in shared memory, bytes, a multiple of 4096; it "
+                                     "grows when a tensor does not fit", default=4 << 20, minimum=4096)
     threads_per_rank: int = setting("CPU threads of one rank; 0 = cores divided by the ranks of this host", default=0, minimum=0)
     hardware: Hardware = field(default_factory=Hardware, metadata={"doc": "The device's numbers, each with its source beside it"})
     link: Link = field(default_factory=Link, metadata={"doc": "The link between ranks, measured by `hetero-attn tune` into the overlay"})
@@ -73,6 +78,9 @@ class DeviceProfile:
         if "reference" in self.backends:
             raise ProfileError("backends names reference, which is never chosen automatically; ask for it by name, as in "
                                "attention(..., backend='reference')", key="backends")
+        for name in ("shared_stage_bytes", "shared_heap_bytes"):
+            if getattr(self, name) % 4096:
+                raise ProfileError(f"{name} is {getattr(self, name)}, expected a multiple of 4096", key=name)
         if self.codec not in ("none", "auto") and self.algorithm in ("native", "ring", "tree"):
             raise ProfileError(f"codec is {self.codec} beside algorithm {self.algorithm}, which sends partial sums as they are; expected "
                                "algorithm auto, one_shot, two_shot or star, or codec none", key="codec")

@@ -1,14 +1,10 @@
-"""Collectives in shared memory beyond their conformance suite: the fused norm, memory that is shared, and what happens when a rank is lost.
+"""Collectives in shared memory beyond their conformance suite: the fused norm, memory that is shared, calls of all kinds.
 
 Ranks are real processes, as many as the test needs: four on two cores is the crowded case. The races that only a sanitizer sees are in
-test_shared_memory_races.py.
+test_shared_memory_races.py, lost ranks in test_shared_memory_faults.py.
 """
 
-import dataclasses
-import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,11 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hetero_attn import CommunicatorError, init_communicator
-from hetero_attn.collectives import choose_communicator
+from hetero_attn import CommunicatorError
 from hetero_attn.norm import rms_norm
-from hetero_attn.parallel.launch import RankFailure, run_ranks
-from hetero_attn.profile import load_profile
 from hetero_attn.testing.collectives import digest
 from hetero_attn.testing.ranks import make_communicator, on_ranks
 
@@ -43,8 +36,8 @@ def segments():
 
 
 def everything(communicator):
-    for check in (fused_is_unfused, private_and_shared_tensors, memory_comes_back, room_grows, a_second_group, out_of_range,
-                  calls_of_all_kinds):
+    for check in (fused_is_unfused, private_and_shared_tensors, memory_comes_back, two_threads_make_tensors, room_grows, a_second_group,
+                  unlike_parts_are_seen, out_of_range, calls_of_all_kinds):
         complaint = check(communicator)
         if complaint:                                # leave: the others, who go on, find out at once
             raise AssertionError(f"{check.__name__}: {complaint}")
@@ -148,6 +141,59 @@ def memory_comes_back(communicator):
     return None if heap.holds(kept.data_ptr()) and (kept == 7).all() else "a view's memory was given to another"
 
 
+def two_threads_make_tensors(communicator):
+    """The communication thread makes a tensor for a result while the caller makes the next layer's: no memory is given out twice."""
+    wrong, interval = [], sys.getswitchinterval()
+
+    def make(mark):
+        held = []
+        try:
+            for turn in range(3000):
+                held.append(communicator.empty((64 + turn * 7 % 500,), torch.float32).fill_(mark))
+                if len(held) > 20 and (held.pop(0) != mark).any():
+                    wrong.append(f"turn {turn}: memory was given out twice")
+        except Exception as error:
+            wrong.append(repr(error))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=make, args=(mark,)) for mark in (1.0, 2.0)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(interval)
+    return wrong[0] if wrong else None
+
+
+def unlike_parts_are_seen(communicator):
+    """Ranks that differ in `sizes`, of equal sums, are told so (they would read one another's stale memory), and a closed group says it."""
+    world, rank = communicator.world_size, communicator.rank
+    sizes = [2, 3, 1, *[2] * (world - 3)] if rank == 0 else [2] * world
+    if world == 2:
+        sizes = [[2, 3], [3, 2]][rank]
+    with make_communicator("cpu") as second:
+        try:
+            second.all_gather(torch.ones(2), sizes=sizes)
+        except CommunicatorError as error:
+            if "made another call" not in str(error):
+                return str(error)
+        else:
+            return "nobody noticed"
+        if second._heap.holds(second.empty((8,), torch.float32).data_ptr()):
+            return "memory that a late rank may still write to was given out"
+    third = make_communicator("cpu")
+    third.close()
+    for call in (third.barrier, lambda: third.base.in_background(lambda: 1)):
+        try:
+            call()
+        except CommunicatorError as error:
+            if "has been closed" not in str(error):
+                return str(error)
+        else:
+            return "a closed group took a call"
+    return None
+
+
 def room_grows(communicator):
     """A buffer beyond the heap is private at first, on any one rank, and shared once the ranks have met."""
     shape = (1_000_000 + sum(end - start for start, end in communicator._heap.ranges),)
@@ -197,197 +243,3 @@ def test_together(world_size):
     said = [f"rank {rank}: {outcome.traceback}" for rank, outcome in enumerate(outcomes) if outcome.error]
     assert not said, "\n".join(sorted(said, key=lambda text: "CommunicatorError" in text))
     assert all(outcome.result == [] for outcome in outcomes) and segments() == []
-
-
-# ---- choosing ---------------------------------------------------------------------------------------------------------------------------
-
-
-def choices():
-    """What is chosen, and why not shared memory, when one rank is different; on every rank alike."""
-    from hetero_attn_cpu import communicator as native
-    from hetero_attn_cpu import segments as memory
-    from hetero_attn_cpu import sharing
-
-    base = init_communicator(dataclasses.replace(load_profile("cpu"), communicators=("distributed",)), timeout_s=20)
-    profile = dataclasses.replace(load_profile("cpu"), communicators=("cpu", "distributed"))
-    found = {}
-
-    def choose(name, module, attribute, value):
-        before = getattr(module, attribute)
-        if base.rank == 1:
-            setattr(module, attribute, value)
-        chosen, reasons = choose_communicator(profile, base)
-        setattr(module, attribute, before)
-        found[name] = (type(chosen).__name__, reasons.get("cpu"), base.all_reduce(torch.ones(2)).tolist())
-        if chosen is not base:
-            chosen.base = type(chosen).__mro__[1](base.rank, base.world_size)           # leave the base open
-            chosen.close()
-
-    choose("another host", sharing, "_host", lambda: {"name": "elsewhere", "boot": "1", "user": 5})
-    choose("little room", sharing, "free_bytes", lambda: 1 << 20)
-    choose("no room", memory.Segment, "create", classmethod(_no_room))
-    choose("not found", memory.Segment, "open", classmethod(_no_room))
-    choose("breaks", native.SharedMemoryCommunicator, "__init__", _breaks)
-    choose("as it is", sharing, "free_bytes", sharing.free_bytes)
-    base.close()
-    return found
-
-
-def _no_room(cls, *_):
-    from hetero_attn_cpu.segments import SegmentError
-
-    raise SegmentError("/dev/shm: a segment of 5.0 MiB: No space left on device; 1.0 MiB are free there")
-
-
-def _breaks(*_, **__):
-    raise ValueError("out of luck")
-
-
-def test_the_choice_is_common_and_says_why():
-    first, second = run_ranks(choices, (), 2, timeout_s=120)
-    assert all(found[2] == [2.0, 2.0] for found in first.values())
-    assert first["as it is"][0] == second["as it is"][0] == "SharedMemoryCommunicator"
-    for name in ("another host", "little room", "no room", "not found"):
-        assert first[name][0] == "DistributedCommunicator" and first[name] == second[name], name
-    assert "rank 1 on elsewhere" in first["another host"][1][0]
-    assert "rank 1: /dev/shm has 1.0 MiB free, 2 ranks ask for more than" in first["little room"][1][0]
-    assert "rank 1" in first["no room"][1][0] and "No space left" in first["no room"][1][0]
-    assert first["breaks"][0] == "DistributedCommunicator" and "rank 1 objects" in first["breaks"][1][0]
-    assert "out of luck" in second["breaks"][1][0]
-    assert segments() == []
-
-
-def test_what_a_crash_left_is_swept_and_what_lives_is_not():
-    from hetero_attn_cpu.segments import Segment, sweep_abandoned
-
-    left, fresh = FOLDER / f"{PREFIX}1-left", FOLDER / f"{PREFIX}1-fresh"
-    held = Segment.create(4096)
-    try:
-        for path in (left, fresh):
-            path.write_bytes(b"\0" * 4096)
-        for path in (left, held.path):
-            os.utime(path, (0, 0))
-        # Locks do not bar the process that holds them: another one sweeps.
-        subprocess.run([sys.executable, "-c", _SWEEP], check=True)
-        assert not left.exists() and fresh.exists() and held.path.exists()
-        held.release()
-        sweep_abandoned()
-        assert not held.path.exists()
-    finally:
-        for path in (left, fresh, held.path):
-            path.unlink(missing_ok=True)
-
-
-_SWEEP = f"""
-import sys
-sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "backends")]!r}
-from hetero_attn_cpu.segments import sweep_abandoned
-sweep_abandoned()
-"""
-
-
-# ---- ranks that are lost ----------------------------------------------------------------------------------------------------------------
-
-
-def survive(folder, fault):
-    """Rank 1 has the fault while the others are in the middle of calls; they write down what they see."""
-    if os.environ["RANK"] != "1":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)        # the launcher would end the survivors before they could say anything
-    communicator = make_communicator("cpu", timeout_s=2.0)
-    x = torch.ones(300_000)
-    communicator.all_reduce(x)
-    if communicator.rank == 1:
-        if fault == "killed":
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        elif fault == "stopped":
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGSTOP)).start()
-        elif fault == "closed":
-            communicator.close()
-            time.sleep(6)
-            return
-        elif fault == "out of step":
-            communicator.start_broadcast(torch.ones(9)).wait()
-    began = time.monotonic()
-    seen = {}
-    try:
-        while True:
-            communicator.all_reduce(x.fill_(1.0), site="layers.1.o_proj")
-            seen["last good"] = time.monotonic()
-    except CommunicatorError as error:
-        seen |= {"text": str(error), "missing": error.missing}
-    seen["took"] = time.monotonic() - seen.pop("last good", began)
-    for again in (lambda: communicator.all_reduce(x), communicator.barrier, lambda: communicator.start_all_reduce(x).wait()):
-        with pytest.raises(CommunicatorError) as caught:
-            again()
-        assert str(caught.value) == seen["text"]
-    began = time.monotonic()
-    communicator.close()
-    seen["close took"] = time.monotonic() - began
-    part = Path(folder) / f"{communicator.rank}.part"
-    part.write_text(json.dumps(seen))
-    part.rename(part.with_suffix(".json"))
-    sys.exit(1)
-
-
-@pytest.mark.parametrize("fault", ["killed", "stopped", "closed", "out of step"])
-def test_the_survivors_name_who_is_missing(monkeypatch, tmp_path, fault):
-    from hetero_attn.parallel import rank_watch
-
-    monkeypatch.setattr(rank_watch, "GRACE_S", 20.0 if fault == "killed" else 3.0)
-    with pytest.raises(RankFailure):
-        run_ranks(survive, (str(tmp_path), fault), 3, timeout_s=60)
-    seen = {int(path.stem): json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(seen) >= {0, 2}
-    for rank, saw in seen.items():
-        assert f"rank {rank} of 3" in saw["text"] and saw["close took"] < 6, saw
-        if fault == "out of step":
-            assert saw["missing"] == [] and "every rank is alive" in saw["text"]
-        else:
-            assert saw["missing"] == [1] and "all_reduce of x [300000] float32 at layers.1.o_proj" in saw["text"], saw
-        words = {"killed": "rank 1 has ended", "stopped": "rank 1 did not come", "closed": "rank 1 has closed its communicator",
-                 "out of step": "made another call"}
-        assert words[fault] in saw["text"], saw
-        # seen at once or at the time-out, and two seconds for the roll call
-        assert saw["took"] < (2 + 4 if fault == "stopped" else 4), saw
-    assert segments() == []
-
-
-def wait_idly():
-    """Rank 0 waits 1.5 s for rank 1; the processor time that takes. Then Ctrl-C ends a wait that nobody else would end."""
-    communicator = make_communicator("cpu", timeout_s=20.0)
-    communicator.barrier()
-    if communicator.rank == 1:
-        time.sleep(1.5)
-    before = time.process_time()
-    communicator.barrier()
-    burnt = time.process_time() - before
-    if communicator.rank == 1:
-        try:
-            communicator.base.await_signal(0)                # while rank 0 waits in another collective
-            time.sleep(0.1)
-            communicator.barrier()
-        except CommunicatorError as error:
-            return str(error)
-        return "no error"
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    began = time.monotonic()
-    try:
-        communicator.barrier(site="a")
-    except KeyboardInterrupt:
-        pass
-    took = time.monotonic() - began
-    try:
-        communicator.barrier()
-        later = "no error"
-    except CommunicatorError as error:
-        later = str(error)
-    communicator.close()
-    return burnt, took, later
-
-
-def test_a_wait_burns_no_core_and_ctrl_c_ends_it():
-    (burnt, took, later), other = run_ranks(wait_idly, (), 2, timeout_s=60)
-    assert burnt < 0.3, f"{burnt:.2f} s of processor time in a wait of 1.5 s"
-    assert 0.4 < took < 2.0 and "barrier at a was interrupted" in later
-    assert "rank 0" in other and "no error" not in other

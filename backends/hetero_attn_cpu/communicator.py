@@ -1,87 +1,40 @@
 """Collectives in shared memory, for ranks on one host whose tensors are on the CPU: the wrapper of torch.distributed's communicator.
 
 What is done in csrc/cpu/shared_memory.cpp; this file checks arguments, at the cost of a microsecond (the decoder calls it a hundred times a
-token), and turns a wait that does not end into the base's error. Whatever has no form here (device tensors, fp64 norms) goes to the base or
-is composed; which way a call goes depends on what all ranks share, so they go the same way.
+token), and group.py turns a wait that does not end into the base's error. Whatever has no form here (device tensors, fp64 norms) goes to
+the base or is composed; which way a call goes depends on what all ranks share, so they go the same way.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
-import time
-import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from hetero_attn.collective_arguments import (
+    NormArguments,
     agreed_sizes,
-    check_dim,
-    check_rank,
-    check_rows,
-    check_sizes,
-    check_sum,
-    check_tensor,
+    check_all_gather,
+    check_all_reduce,
+    check_broadcast,
+    check_reduce_scatter,
     shape_record,
 )
-from hetero_attn.communicator import Communicator, CommunicatorError, Handle
-from hetero_attn_cpu.heap import Heap
-from hetero_attn_cpu.segments import Segment, share
-from hetero_attn_cpu.shared_calls import GAVE_UP, NORM, OUT_OF_STEP, SUMMABLE, WAITING, SharedCalls, group_add
+from hetero_attn.communicator import Handle
+from hetero_attn_cpu.group import SharedGroup
+from hetero_attn_cpu.shared_calls import NORM, SUMMABLE
 
-STAGE_BYTES = 1 << 19                                # two such buffers a rank: with their chunks they stay in the second-level cache
-HEAP_BYTES = 4 << 20                                 # to begin with; grows when a tensor does not fit
 HEAP_RESULT_BYTES = 1 << 16                          # making a tensor in the heap takes 3 us: as long as copying this much
-CLOSE_S = 2.5                                        # a call that still waits this long after close() is given up
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _strided = torch.strided
-log = logging.getLogger("hetero_attn")
 
 
-def one_shot_bytes(world_size: int, crowded: bool) -> int:
-    """Up to which size an all-reduce is one exchange of everything: it saves an exchange and reads world_size / 2 times as much."""
-    return (1 << 17 if crowded else 1 << 15) // max(world_size // 2, 1)
-
-
-class SharedMemoryCommunicator(Communicator):
-    """Made by backends/hetero_attn_cpu/sharing.py once the ranks have agreed. segments: of every rank, in rank order."""
-
-    def __init__(self, base: Communicator, calls: SharedCalls, segments: list[Segment], *, crowded: bool) -> None:
-        super().__init__(base.rank, base.world_size, device=base.device, base=base)
-        self.crowded = crowded                       # more ranks than cores
-        self._base = base                            # `base` itself may be exchanged before close(); failures and order are this one's
-        self._calls, self._segments = calls, segments
-        this = weakref.ref(self)
-        answers = _answers(this)
-        next(answers)
-        self._waiting = WAITING(answers.send)
-        self._group: int | None = calls.group_open(
-            self.rank, self.world_size, STAGE_BYTES, one_shot_bytes(self.world_size, crowded), crowded, self._waiting
-        )
-        if not self._group:
-            raise MemoryError("no memory for a group of ranks")
-        group_add(calls, self._group, [each.address for each in segments], segments[0].size)
-        self._heap = Heap()
-        self._heap.add(segments[self.rank], calls.group_reserved(STAGE_BYTES))
-        self._at: tuple = ()                         # (operation, shape, dtype, site) of the last call
-        self._count, self._inside = 0, False
-        self._waited: tuple[int, float] = (0, 0.0)   # number of the call that is being waited for, and since when
-        self._trouble: BaseException | None = None   # why _wait_on gave up
-        self._closing: float | None = None
-        self._approved: set[tuple] = set()           # signatures of all_reduce_rms_norm that have been checked
-        self._added: list[list[Segment]] = []
-        base.wrapper_doing = lambda: getattr(this(), "_doing", str)()
-
-    # ---- operations -----------------------------------------------------------------------------------------------------------
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """In this rank's shared memory, where the collectives of all ranks take it without a copy; private when that is full."""
-        tensor = None if self._group is None else self._heap.empty(tuple(shape), dtype)
-        return super().empty(shape, dtype) if tensor is None else tensor
+class SharedMemoryCommunicator(SharedGroup):
+    """Made by backends/hetero_attn_cpu/sharing.py once the ranks have agreed."""
 
     def all_reduce(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
         code = SUMMABLE.get(x.dtype) if type(x) in _PLAIN else None
@@ -99,7 +52,7 @@ class SharedMemoryCommunicator(Communicator):
 
     def _other_all_reduce(self, x: torch.Tensor, site: str) -> torch.Tensor:
         """What the quick path leaves: refused arguments, strided tensors, complex numbers, devices."""
-        self._check_all_reduce(x)
+        check_all_reduce(x)
         if not x.is_cpu:
             return self._base.all_reduce(x, site=site)
         with torch.inference_mode(x.is_inference()), torch.no_grad():
@@ -108,7 +61,7 @@ class SharedMemoryCommunicator(Communicator):
             return _written_back(x, buffer)
 
     def reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
-        self._check_reduce_scatter(x)
+        check_reduce_scatter(x)
         if not x.is_cpu:
             return self._base.reduce_scatter(x, site=site)
         if self._base.busy():
@@ -128,16 +81,18 @@ class SharedMemoryCommunicator(Communicator):
         return out
 
     def all_gather(self, x: torch.Tensor, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> torch.Tensor:
-        dim = self._check_all_gather(x, dim, sizes=sizes)
+        dim = check_all_gather(x, dim, sizes, self.rank, self.world_size)
         if not x.is_cpu:
             return self._base.all_gather(x, dim, sizes=sizes, site=site)
         if self._base.busy():
             return self._base.in_background(lambda: self.all_gather(x, dim, sizes=sizes, site=site)).wait()
         self._begin("all_gather", x, site)
-        source = _contiguous(x)
         if sizes is None:
-            sizes = agreed_sizes(self._gather(shape_record(x, dim).view(1, -1), 0, [1] * self.world_size).tolist())
-        out = self._gather(source, dim, sizes)
+            records = self._gather(shape_record(x, dim).view(1, -1), 0, [1] * self.world_size).tolist()
+            self._inside = False                     # unlike shapes are refused, on every rank
+            sizes = agreed_sizes(records)
+            self._inside = True
+        out = self._gather(_contiguous(x), dim, sizes)
         self._inside = False
         return out
 
@@ -154,7 +109,7 @@ class SharedMemoryCommunicator(Communicator):
         return out
 
     def broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> torch.Tensor:
-        self._check_broadcast(x, src)
+        check_broadcast(x, src, self.world_size)
         if not x.is_cpu:
             return self._base.broadcast(x, src, site=site)
         if self._base.busy():
@@ -187,15 +142,16 @@ class SharedMemoryCommunicator(Communicator):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """In one pass: each rank sums, adds and normalises its rows and writes them to all. An x from empty() becomes the result."""
         signature = (
-            x.shape, x.dtype, residual_shard.shape, residual_shard.dtype, weight.shape, weight.dtype,
+            x.shape, x.dtype, residual_shard.shape, residual_shard.dtype, weight.shape, weight.dtype, eps, weight_offset,
             *((post_weight.shape, post_weight.dtype) if post_weight is not None else ()),
-        ) if self._are_plain(x, residual_shard, weight, post_weight) else None
+        ) if _are_plain(x, residual_shard, weight, post_weight) else None
         if signature not in self._approved:
-            if not self._approve(signature, x, residual_shard, weight, post_weight):
-                return self._other_norm(x, residual_shard, weight, eps, site, weight_offset, post_weight)
+            call = self.checked_norm(NormArguments(x, residual_shard, weight, eps, site, weight_offset, post_weight))
+            if not self._approve(signature, call):
+                return self._other_norm(call)
         if self._base.busy():
-            options = {"site": site, "weight_offset": weight_offset, "post_weight": post_weight}
-            return self._base.in_background(lambda: self.all_reduce_rms_norm(x, residual_shard, weight, eps, **options)).wait()
+            call = NormArguments(x, residual_shard, weight, eps, site, weight_offset, post_weight)
+            return self._base.in_background(lambda: self._norm(call)).wait()
         self._begin("all_reduce_rms_norm", x, site)
         tokens, channels = x.shape
         address = x.data_ptr()
@@ -216,11 +172,12 @@ class SharedMemoryCommunicator(Communicator):
         self._inside = False
         return out, residual_shard
 
-    def _approve(self, signature: tuple | None, x: Any, residual_shard: Any, weight: Any, post_weight: Any) -> bool:
-        """Check the arguments in full; True (and quick from now on) for shapes and dtypes that the native form takes."""
-        self.check_norm_arguments(x, residual_shard, weight, post_weight)
-        dtypes = {each.dtype for each in (x, residual_shard, weight, post_weight) if each is not None}
-        if signature is None or not dtypes <= NORM.keys() or not self._row_fits(x):
+    def _norm(self, call: NormArguments) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.all_reduce_rms_norm(*call[:4], **_options(call))
+
+    def _approve(self, signature: tuple | None, call: NormArguments) -> bool:
+        """Whether the native form takes checked arguments as they lie; if so they are quick from now on."""
+        if signature is None or not {each.dtype for each in call.tensors.values()} <= NORM.keys() or not self._row_fits(call.x):
             return False
         if len(self._approved) >= 4096:
             self._approved.clear()
@@ -229,168 +186,55 @@ class SharedMemoryCommunicator(Communicator):
 
     def _row_fits(self, x: torch.Tensor) -> bool:
         """Whether a row of every rank has room in a staging buffer."""
-        return x.shape[1] * x.element_size() <= STAGE_BYTES // self.world_size
+        return x.shape[1] * x.element_size() <= self._sizes.stage // self.world_size
 
-    def _other_norm(self, x, residual_shard, weight, eps, site, weight_offset, post_weight):
+    def _other_norm(self, call: NormArguments) -> tuple[torch.Tensor, torch.Tensor]:
         """What the native form does not take as it lies: strided tensors by copies of them, other dtypes and long rows composed."""
-        self.check_norm_arguments(x, residual_shard, weight, post_weight)
-        tensors = [each for each in (x, residual_shard, weight, post_weight) if each is not None]
-        options = {"site": site, "weight_offset": weight_offset}
-        if not (all(each.dtype in NORM and each.is_cpu for each in tensors) and self._row_fits(x)):
-            return super().all_reduce_rms_norm(x, residual_shard, weight, eps, post_weight=post_weight, **options)
-        residual = _copied(residual_shard)
-        post = None if post_weight is None else _copied(post_weight)
-        with torch.no_grad():
-            out, _ = self.all_reduce_rms_norm(_copied(x), residual, _copied(weight), eps, post_weight=post, **options)
-            residual_shard.copy_(residual)
-        return out, residual_shard
+        if not (all(each.dtype in NORM and each.is_cpu for each in call.tensors.values()) and self._row_fits(call.x)):
+            return self.reduce_add_norm(call)
+        copies = {name: _copied(tensor) for name, tensor in call.tensors.items()}
+        with torch.inference_mode(call.residual_shard.is_inference()), torch.no_grad():
+            out, residual = self._norm(call._replace(**copies))
+            call.residual_shard.copy_(residual)
+        return out, call.residual_shard
 
     def start(self, operation: str, *args: Any, **options: Any) -> Handle:
-        getattr(self, f"_check_{operation}")(*args, **options)
+        self._check(operation, *args, **options)
         self._base.raise_if_broken()
         call = getattr(self, operation)
         return self._base.in_background(lambda: call(*args, **options))
 
-    # ---- checks: all that refuses a call, before anything is sent ---------------------------------------------------------------
-
-    def _are_plain(self, *tensors: Any) -> bool:
-        """Contiguous CPU tensors that nobody differentiates: check_tensor() has nothing against them, and memory may be read as it lies."""
-        for x in tensors:
-            if x is not None and not (type(x) in _PLAIN and x.is_cpu and x.layout is _strided and not x.requires_grad
-                                      and x.is_contiguous() and not x.is_neg()):
-                return False
-        return True
+    def _check(self, operation: str, *args: Any, **options: Any) -> None:
+        """Refuse what the operation does not take, before it is queued: afterwards the other ranks would wait."""
+        if operation == "all_reduce_rms_norm":
+            self.checked_norm(NormArguments(*args, **options))
+        elif operation != "barrier":
+            getattr(self, f"_check_{operation}")(*args, **options)
 
     def _check_all_reduce(self, x: Any, *, site: str = "") -> None:
-        check_tensor("all_reduce", "x", x, written=True)
-        check_sum("all_reduce", x)
+        check_all_reduce(x)
 
     def _check_reduce_scatter(self, x: Any, *, site: str = "") -> None:
-        check_tensor("reduce_scatter", "x", x)
-        check_rows("reduce_scatter", x)
-        check_sum("reduce_scatter", x)
+        check_reduce_scatter(x)
 
-    def _check_all_gather(self, x: Any, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> int:
-        check_tensor("all_gather", "x", x)
-        dim = check_dim("all_gather", x, dim)
-        check_sizes("all_gather", sizes, x.shape[dim], self.rank, self.world_size)
-        if sizes is None:
-            shape_record(x, dim)                     # refuses too many axes
-        return dim
+    def _check_all_gather(self, x: Any, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> None:
+        check_all_gather(x, dim, sizes, self.rank, self.world_size)
 
     def _check_broadcast(self, x: Any, src: int = 0, *, site: str = "") -> None:
-        check_tensor("broadcast", "x", x, written=True)
-        check_rank("broadcast", "src", src, self.world_size)
-
-    def _check_barrier(self, *, site: str = "") -> None:
-        pass
-
-    def _check_all_reduce_rms_norm(self, x, residual_shard, weight, eps, *, site, weight_offset=0.0, post_weight=None) -> None:
-        self.check_norm_arguments(x, residual_shard, weight, post_weight)
-
-    # ---- one call: its beginning, its end, its failure ----------------------------------------------------------------------------
-
-    def _begin(self, operation: str, x: torch.Tensor | None, site: str) -> None:
-        if self._group is None or self._base.failure is not None:
-            self._base.raise_if_broken()
-            raise CommunicatorError(f"rank {self.rank} of {self.world_size}: the communicator has been closed", rank=self.rank)
-        self._at = (operation, x, site) if x is None else (operation, (x.shape, x.dtype), site)
-        self._count += 1
-        self._inside = True
-
-    def _settle(self, status: int) -> None:
-        """What a native call returned: nothing to do, more shared memory wanted by some rank, or a failure."""
-        if status == 0:
-            return
-        if status > 0:
-            self._grow(status)
-            return
-        began = self._waited[1] if self._waited[0] == self._count else time.monotonic()
-        trouble, self._trouble = self._trouble, None
-        if status == OUT_OF_STEP:
-            trouble = RuntimeError(f"rank {self._calls.group_odd(self._group)} made another call: operation, shape or dtype differ")
-        elif status != GAVE_UP:
-            trouble = RuntimeError(f"the kernel refused the call (code {status})")
-        if isinstance(trouble, Exception):
-            raise self._base.fail(self._text(), trouble, began) from trouble
-        # Ctrl-C: the others are in the middle of this call, and no later one can be in step with them.
-        self._base.failure = CommunicatorError(
-            f"rank {self.rank} of {self.world_size}: {self._text()} was interrupted", rank=self.rank, operation=self._text()
-        )
-        raise trouble
-
-    def _wait_on(self, missing: int) -> None:
-        """Ten times a second while a call waits for the ranks in `missing` (bits): raises when there is nothing to wait for any more."""
-        now = time.monotonic()
-        if self._waited[0] != self._count:
-            self._waited = (self._count, now - 0.1)
-        if self._closing is not None and now > self._closing:
-            raise RuntimeError("the communicator has been closed")
-        late = [rank for rank in range(self.world_size) if missing >> rank & 1]
-        gone = [rank for rank in late if not self._segments[rank].is_held()]
-        if gone:
-            raise RuntimeError(f"rank {', '.join(map(str, gone))} has ended")
-        if now - self._waited[1] > self.timeout_s:
-            raise RuntimeError(f"rank {', '.join(map(str, late))} did not come")
-
-    def _grow(self, wanted: int) -> None:
-        """One more segment of every rank, `wanted` bytes each: all ranks are here, in the same call. Without room nothing changes."""
-        made = share(self._base, -(-wanted // (1 << 20)) << 20)
-        if isinstance(made[0], Segment) and group_add(self._calls, self._group, [each.address for each in made], made[0].size):
-            self._heap.add(made[self.rank])
-            for each in made:
-                each.release()                       # the lock on the first segment is what says that a rank lives
-            self._added.append(made)
-        else:
-            log.info("shared memory stays as it is: %s", made[0])
-            self._heap.stop_growing()
-
-    def _text(self) -> str:
-        operation, x, site = self._at
-        of = "" if x is None else f" of x {list(x[0])} {str(x[1]).removeprefix('torch.')}"
-        return f"{operation}{of}" + (f" at {site}" if site else "")
-
-    def _doing(self) -> str:
-        """For ranks that ask: the call in progress, or the last one."""
-        if not self._at:
-            return ""
-        if self._inside:
-            return f"in {self._text()} (call {self._count})"
-        return f"outside any collective (last: {self._text()}, call {self._count})"
-
-    def close(self) -> None:
-        """Finish what was started (briefly), close the base, give the shared memory back; tensors from empty() stay valid."""
-        if self._group is None:
-            return
-        if self._closing is None:
-            self._closing = time.monotonic() + CLOSE_S
-        super().close()
-        if self._base.busy():
-            return                                   # a started call still waits for a lost rank: it needs the memory a moment longer
-        group, self._group = self._group, None
-        self._calls.group_close(group)
-        for each in self._segments:
-            each.release()
-        self._segments, self._added = [], []
+        check_broadcast(x, src, self.world_size)
 
 
-def _answers(this: weakref.ref) -> Generator[int, int, None]:
-    """What the waiting kernel calls, by send(): 0 to go on, 1 to give up; _settle() then raises what has happened.
+def _options(call: NormArguments) -> dict[str, Any]:
+    return {"site": call.site, "weight_offset": call.weight_offset, "post_weight": call.post_weight}
 
-    A generator, because a signal's exception (Ctrl-C) comes up at the first instruction of a Python function, where no `try` of its
-    own can catch it, and no exception passes through C. A generator that is resumed is inside its `try` already.
-    """
-    answer = 0
-    while True:
-        try:
-            missing = yield answer
-            this()._wait_on(missing)
-            answer = 0
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            this()._trouble = error
-            answer = 1
+
+def _are_plain(*tensors: Any) -> bool:
+    """Contiguous CPU tensors that nobody differentiates: check_tensor() has nothing against them, and memory may be read as it lies."""
+    for x in tensors:
+        if x is not None and not (type(x) in _PLAIN and x.is_cpu and x.layout is _strided and not x.requires_grad
+                                  and x.is_contiguous() and not x.is_neg()):
+            return False
+    return True
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -407,7 +251,8 @@ def _copied(x: torch.Tensor) -> torch.Tensor:
 def _written_back(x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     """The result in x's own memory: copied there unless the buffer is that memory."""
     if buffer.data_ptr() != x.data_ptr() or buffer.stride() != x.stride() or x.is_conj() or x.is_neg():
-        x.copy_(buffer)
+        with torch.inference_mode(x.is_inference()), torch.no_grad():
+            x.copy_(buffer)
     return x
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import threading
 import weakref
 from collections import deque
 
@@ -37,14 +38,18 @@ class Heap:
         self._free: list[tuple[int, int]] = []       # (address, bytes), sorted
         self._given: dict[int, _Block] = {}         # by address
         self._returned: deque[_Block] = deque()      # by the collector, in any thread and at any time
+        # The caller makes a layer's next tensor while the communication thread makes one for a result, or adds a segment. Reentrant:
+        # the collector may run in here, and close() what is in its cycles.
+        self._lock = threading.RLock()
 
     def add(self, segment: Segment, reserved: int = 0) -> None:
         """Use the segment from byte `reserved` on."""
         start, end = segment.address + reserved, segment.address + segment.size
-        self.ranges.append((start, end))
-        self._segments.append((segment.address, segment))
-        bisect.insort(self._free, (start, end - start))
-        self.wanted = 0
+        with self._lock:
+            self.ranges.append((start, end))
+            self._segments.append((segment.address, segment))
+            bisect.insort(self._free, (start, end - start))
+            self.wanted = 0
 
     def stop_growing(self) -> None:
         """There is no more memory to be had: ask for none."""
@@ -58,6 +63,10 @@ class Heap:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         """An uninitialised tensor here, contiguous; None when there is no room."""
+        with self._lock:
+            return self._empty(shape, dtype)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         while self._returned:
             self._give_back(self._returned.popleft())
         size = (math.prod(shape) * dtype.itemsize + ALIGN - 1) & -ALIGN

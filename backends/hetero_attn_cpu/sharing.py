@@ -15,8 +15,9 @@ from pathlib import Path
 
 from hetero_attn.communicator import Communicator
 from hetero_attn.profile import DeviceProfile
-from hetero_attn_cpu.communicator import HEAP_BYTES, STAGE_BYTES, SharedMemoryCommunicator
-from hetero_attn_cpu.segments import FOLDER, Segment, free_bytes, share, sweep_abandoned, tell_all
+from hetero_attn_cpu.communicator import SharedMemoryCommunicator
+from hetero_attn_cpu.group import Sizes
+from hetero_attn_cpu.segments import FOLDER, Segment, free_bytes, release, share, sweep_abandoned, tell_all
 from hetero_attn_cpu.shared_calls import SharedCalls
 
 MAX_RANKS = 64                                       # ha::MAX_RANKS
@@ -30,7 +31,8 @@ def shared_memory_communicator(base: Communicator, profile: DeviceProfile, calls
     Raises CommunicatorError when a rank is lost meanwhile.
     """
     reasons = _own_reasons(base, profile)
-    here = {"reasons": reasons, "host": _host(), "cores": _cores(), "quota": _quota()}
+    sizes = [profile.shared_stage_bytes, profile.shared_heap_bytes]
+    here = {"reasons": reasons, "host": _host(), "cores": _cores(), "quota": _quota(), "sizes": sizes}
     told = [json.loads(text) for text in tell_all(base, json.dumps(here))]
     reasons = [f"rank {rank}: {reason}" for rank, each in enumerate(told) for reason in each["reasons"]]
     away = [rank for rank, each in enumerate(told) if each["host"] != told[0]["host"]]
@@ -43,11 +45,16 @@ def shared_memory_communicator(base: Communicator, profile: DeviceProfile, calls
     cores = min(len(set().union(*(each["cores"] for each in told))), *(each["quota"] for each in told))
     if base.rank == 0:
         sweep_abandoned()
-    size = calls.group_reserved(STAGE_BYTES) + HEAP_BYTES
+    sizes = Sizes(*told[0]["sizes"])                 # rank 0's profile counts: all segments are laid out alike
+    size = calls.group_reserved(sizes.stage) + sizes.heap
     made = share(base, size)
     if not isinstance(made[0], Segment):
         return [f"{reason} (asked for: {base.world_size} ranks of {size / 2**20:.1f} MiB)" for reason in made]
-    return SharedMemoryCommunicator(base, calls, made, crowded=base.world_size > cores)
+    try:
+        return SharedMemoryCommunicator(base, calls, made, sizes, crowded=base.world_size > cores)
+    except BaseException:
+        release(made)
+        raise
 
 
 def _own_reasons(base: Communicator, profile: DeviceProfile) -> list[str]:
@@ -58,9 +65,9 @@ def _own_reasons(base: Communicator, profile: DeviceProfile) -> list[str]:
         reasons.append(f"system is {platform.system()} on {platform.machine()}, expected 64-bit Linux")
     elif not os.access(FOLDER, os.W_OK):
         reasons.append(f"{FOLDER} cannot be written; mount a tmpfs there")
-    elif free_bytes() < base.world_size * HEAP_BYTES:
+    elif free_bytes() < (wanted := base.world_size * (2 * profile.shared_stage_bytes + profile.shared_heap_bytes)):
         reasons.append(f"{FOLDER} has {free_bytes() / 2**20:.1f} MiB free, {base.world_size} ranks ask for more than "
-                       f"{base.world_size * HEAP_BYTES / 2**20:.0f} MiB; enlarge it (docker run --shm-size)")
+                       f"{wanted / 2**20:.1f} MiB; enlarge it (docker run --shm-size) or lower shared_heap_bytes")
     if base.world_size > MAX_RANKS:
         reasons.append(f"world size is {base.world_size}, shared memory serves up to {MAX_RANKS} ranks")
     for field, harmless in _FORCIBLE.items():

@@ -64,7 +64,10 @@ int64_t all_gather(HaGroup& g, const char* x, char* out, const int64_t* part_byt
         column[r] = pitch;
         pitch += part_bytes[r] / std::max<int64_t>(outer, 1);
     }
-    Record record = {ALL_GATHER, 0, pitch, outer, -1, -1, 0, 0, wanted};
+    // All ranks must see the same parts: equal sums of unlike ones would leave stale bytes in the result.
+    uint64_t parts = 0xcbf29ce484222325;
+    for (int r = 0; r < g.world_size; ++r) parts = (parts ^ (uint64_t)part_bytes[r]) * 0x100000001b3;
+    Record record = {ALL_GATHER, (int32_t)std::min<int64_t>(outer, INT32_MAX), pitch, (int64_t)parts, -1, -1, 0, 0, wanted};
     const int64_t own = part_bytes[g.rank], stage = g.stage_bytes, chunks = std::max<int64_t>((longest + stage - 1) / stage, 1);
     auto lay_out = [&](int64_t k) {
         if (k * stage < own) std::memcpy(g.stage(g.rank, g.step + 1), x + k * stage, std::min(stage, own - k * stage));

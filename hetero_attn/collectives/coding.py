@@ -28,10 +28,12 @@ class Coding:
         """Contiguous values [count] as uint8 [size]; may share memory with them."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
-    def encode_pieces(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Sequence[torch.Tensor | None]:
+    def encode_pieces(
+        self, values: torch.Tensor, counts: list[int], firsts: list[int], stage: str = PARTIAL
+    ) -> Sequence[torch.Tensor | None]:
         """Each run of counts[i] of contiguous values [sum of counts], encoded by itself as from firsts[i] on; None for an empty run."""
         pieces = zip(values.split(counts), firsts)
-        return [self.encode(piece, first) if piece.numel() else None for piece, first in pieces]
+        return [self.encode(piece, first, stage) if piece.numel() else None for piece, first in pieces]
 
     def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
         """What `sender` encoded, as a tensor [count] of the call's dtype, or fp32 where that is 16 bits wide; may share memory."""
@@ -59,7 +61,9 @@ class Plain(Coding):
     def encode(self, values: torch.Tensor, first: int, stage: str = PARTIAL) -> torch.Tensor:
         return values.view(torch.uint8)
 
-    def encode_pieces(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Sequence[torch.Tensor | None]:
+    def encode_pieces(
+        self, values: torch.Tensor, counts: list[int], firsts: list[int], stage: str = PARTIAL
+    ) -> Sequence[torch.Tensor | None]:
         item = self.dtype.itemsize
         return values.view(torch.uint8).split([count * item for count in counts])
 

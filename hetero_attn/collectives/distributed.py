@@ -1,85 +1,26 @@
 """The communicator over torch.distributed: gloo for CPU tensors, NCCL or HCCL for device tensors, gloo with host staging otherwise.
 
-exchange.py says what travels; this file says when (now, in flight, or on the communication thread, always in the order in which the
-program asked), and what becomes of a failure: one error that names the missing rank, and a communicator that is broken from then on.
+Its operations, each checked and turned into a plan. exchange.py says what travels, runner.py when, and what becomes of a failure.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-import threading
-import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hetero_attn.collective_arguments import MAX_DIMS, check_dim, check_rank, check_rows, check_sizes, check_sum, check_tensor
-from hetero_attn.collectives.background import CommunicationThread
+from hetero_attn.collective_arguments import NormArguments, check_all_gather, check_all_reduce, check_broadcast, check_reduce_scatter
 from hetero_attn.collectives.choice import Choice
 from hetero_attn.collectives.codec import Codecs
 from hetero_attn.collectives.exchange import Exchange, Steps
-from hetero_attn.collectives.liveness import RollCall
+from hetero_attn.collectives.plans import Plan, plan, text_of
+from hetero_attn.collectives.runner import PlanRunner
 from hetero_attn.collectives.wire import Wire
-from hetero_attn.communicator import Communicator, CommunicatorError, Handle
-
-CLOSE_S = 3.0                                        # close() waits no longer than this for what is in flight
-MOST_IN_FLIGHT = 256                                 # operations whose handles nobody waits for
 
 
-class Plan(NamedTuple):
-    """A checked call: its name for errors, its steps, whether all its collectives are issued by the first step, its tensors."""
-
-    text: str
-    steps: Steps
-    single: bool
-    tensors: tuple[torch.Tensor, ...]
-
-
-class WorkHandle(Handle):
-    """An operation whose only collective is in flight; wait() does what is left, once."""
-
-    def __init__(self, finish: Callable[[], Any]) -> None:
-        super().__init__()
-        self._finish: Callable[[], Any] | None = finish
-        self._error: Exception | None = None
-        self._lock = threading.Lock()
-
-    def wait(self) -> Any:
-        with self._lock:
-            if self._finish is not None:
-                finish, self._finish = self._finish, None
-                try:
-                    self._result = finish()
-                except Exception as error:
-                    self._error = error
-            if self._error is not None:
-                raise self._error
-            return self._result
-
-
-class StreamHandle(Handle):
-    """An operation on a device's side stream; wait() orders the calling stream after it and leaves the host alone."""
-
-    def __init__(self, result: Any, event: Any, module: Any) -> None:
-        super().__init__(result)
-        self._event, self._module = event, module
-
-    def wait(self) -> Any:
-        stream = self._module.current_stream()
-        stream.wait_event(self._event)
-        for tensor in self._result if isinstance(self._result, tuple) else (self._result,):
-            tensor.record_stream(stream)             # allocated for the side stream, from now on used on this one
-        return self._result
-
-
-class DistributedCommunicator(Communicator):
+class DistributedCommunicator(PlanRunner):
     """All collectives over one torch.distributed group that spans the world. Made by init_communicator(), which joins the ranks.
 
     group: the process group (None = the default one), serving CPU tensors by gloo and, where `native` names a device type,
@@ -106,21 +47,8 @@ class DistributedCommunicator(Communicator):
         store_rank: int | None = None,
         choice: Choice | None = None,
     ) -> None:
-        super().__init__(rank, world_size, device=device)
-        self.timeout_s = timeout_s
-        self._exchange, self._leave = Exchange(rank, world_size, group, native, choice), leave
-        self._thread = CommunicationThread()
-        self._in_flight: deque[Any] = deque()
-        self._failing = threading.Lock()
-        self._closed = self._left = False            # closed: takes no new call; left: the group is gone
-        self._calls = self._finished = 0             # begun, and run to their ends
-        self._now_doing = "outside any collective (none so far)"
-        self._side_stream: Any = None
-        self._store_rank = store_rank
-        self._store, self._signals = store, dict.fromkeys(range(world_size), 0)
-        this = weakref.ref(self)                     # the answering thread must not keep the communicator alive
-        self._roll_call = RollCall(store, rank, world_size, lambda: _doing(this()), lambda: getattr(this(), "_finished", 0))
-        atexit.register(_leave_at_exit, this)
+        exchange = Exchange(rank, world_size, group, native, choice)
+        super().__init__(exchange, store, device=device, timeout_s=timeout_s, leave=leave, store_rank=store_rank)
 
     @property
     def choice(self) -> Choice:
@@ -157,288 +85,45 @@ class DistributedCommunicator(Communicator):
     def barrier(self, *, site: str = "") -> None:
         self._run(self._plan_barrier(site=site))
 
-    def all_reduce_rms_norm(
-        self,
-        x: torch.Tensor,
-        residual_shard: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        site: str,
-        weight_offset: float = 0.0,
-        post_weight: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        options = {"site": site, "weight_offset": weight_offset, "post_weight": post_weight}
-        return self._run(self._plan_all_reduce_rms_norm(x, residual_shard, weight, eps, **options))
+    def reduce_add_norm(self, call: NormArguments) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._run(self._plan_norm(call))
+
+    def planned(self, operation: str, *args: Any, **options: Any) -> Plan:
+        return getattr(self, f"_plan_{operation}")(*args, **options)
 
     def _plan_all_reduce(self, x: torch.Tensor, *, site: str = "", name: str = "all_reduce") -> Plan:
-        check_tensor(name, "x", x, written=True)
-        check_sum(name, x)
+        check_all_reduce(x, operation=name)
         single = self._exchange.is_single("all_reduce", x, site, x.nbytes)
-        return Plan(_text(name, x, site), self._exchange.all_reduce(x, site), single, (x,))
+        return plan(text_of(name, x, site), self._exchange.all_reduce(x, site), single, (x,))
 
     def _plan_barrier(self, *, site: str = "") -> Plan:
         return self._plan_all_reduce(torch.zeros(1, dtype=torch.int64), site=site, name="barrier")
 
     def _plan_all_gather(self, x: torch.Tensor, dim: int = 0, *, sizes: Sequence[int] | None = None, site: str = "") -> Plan:
-        check_tensor("all_gather", "x", x)
-        dim = check_dim("all_gather", x, dim)
-        check_sizes("all_gather", sizes, x.shape[dim], self.rank, self.world_size)
-        if x.dim() > MAX_DIMS:
-            raise ValueError(f"all_gather: x has {x.dim()} axes, expected at most {MAX_DIMS}")
+        dim = check_all_gather(x, dim, sizes, self.rank, self.world_size)
         single = False
         if sizes is not None:
             total = x.nbytes // x.shape[dim] * sum(sizes) if x.numel() else 0
             single = bool(total) and self._exchange.is_single("all_gather", x, site, total)
-        return Plan(_text("all_gather", x, site), self._exchange.all_gather(x, dim, sizes, site), single, (x,))
+        return plan(text_of("all_gather", x, site), self._exchange.all_gather(x, dim, sizes, site), single, (x,))
 
     def _plan_broadcast(self, x: torch.Tensor, src: int = 0, *, site: str = "") -> Plan:
-        check_tensor("broadcast", "x", x, written=True)
-        check_rank("broadcast", "src", src, self.world_size)
+        check_broadcast(x, src, self.world_size)
         single = self._exchange.is_single("broadcast", x, site, x.nbytes)
-        return Plan(_text(f"broadcast from rank {src}", x, site), self._exchange.broadcast(x, src, site), single, (x,))
+        return plan(text_of(f"broadcast from rank {src}", x, site), self._exchange.broadcast(x, src, site), single, (x,))
 
     def _plan_reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> Plan:
-        check_tensor("reduce_scatter", "x", x)
-        check_rows("reduce_scatter", x)
-        check_sum("reduce_scatter", x)
+        check_reduce_scatter(x)
         single = self._exchange.is_single("reduce_scatter", x, site, x.nbytes)
-        return Plan(_text("reduce_scatter", x, site), self._exchange.reduce_scatter(x, site), single, (x,))
+        return plan(text_of("reduce_scatter", x, site), self._exchange.reduce_scatter(x, site), single, (x,))
 
-    def _plan_all_reduce_rms_norm(
-        self,
-        x: torch.Tensor,
-        residual_shard: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        site: str,
-        weight_offset: float = 0.0,
-        post_weight: torch.Tensor | None = None,
-    ) -> Plan:
-        self.check_norm_arguments(x, residual_shard, weight, post_weight)
-        steps = self._exchange.all_reduce_rms_norm(x, residual_shard, weight, eps, weight_offset, post_weight, site)
-        tensors = (x, residual_shard, weight) if post_weight is None else (x, residual_shard, weight, post_weight)
-        return Plan(_text("all_reduce_rms_norm", x, site), steps, False, tensors)
+    def _plan_all_reduce_rms_norm(self, *args: Any, **options: Any) -> Plan:
+        return self._plan_norm(self.checked_norm(NormArguments(*args, **options)))
+
+    def _plan_norm(self, call: NormArguments) -> Plan:
+        return plan(text_of("all_reduce_rms_norm", call.x, call.site), self._exchange.all_reduce_rms_norm(call), False,
+                    tuple(call.tensors.values()))
 
     def run_steps(self, text: str, steps: Callable[[Wire], Steps]) -> Any:
         """Run steps over this group's point-to-point messages, in order with its other calls; all ranks together. Errors name `text`."""
-        return self._run(Plan(text, steps(self._exchange.wire), False, ()))
-
-    # ---- running ----------------------------------------------------------------------------------------------------------------
-
-    def _run(self, plan: Plan) -> Any:
-        self._raise_if_broken(self._closed)
-        if self._thread.busy():                      # keep the order of issue: what was started before comes before
-            return self._thread.submit(lambda: self._finish(plan)).wait()
-        return self._finish(plan)
-
-    def start(self, operation: str, *args: Any, **options: Any) -> Handle:
-        plan = getattr(self, f"_plan_{operation}")(*args, **options)
-        self._raise_if_broken(self._closed)
-        while self._in_flight and self._in_flight[0].is_completed():
-            self._in_flight.popleft()
-        if len(self._in_flight) > MOST_IN_FLIGHT:    # dropped handles: messages tell only those who wait that they are done
-            self._await_oldest(plan)
-        if self._exchange.is_native(plan.tensors[0]):
-            return self._start_on_stream(plan)
-        if any(tensor.device.type != "cpu" for tensor in plan.tensors):
-            return self._start_staged(plan)
-        if not plan.single or self._thread.busy():
-            return self._thread.submit(lambda: self._finish(plan))
-        first = self._advance(plan)
-        if isinstance(first, Handle):
-            return first
-        self._in_flight.append(first)
-        return WorkHandle(lambda: self._finish(plan, first))
-
-    def _await_oldest(self, plan: Plan) -> None:
-        began = time.monotonic()
-        try:
-            self._in_flight.popleft().wait()
-        except RuntimeError as error:
-            raise self.fail(f"an operation started before {plan.text}", error, began) from error
-
-    def _advance(self, plan: Plan) -> Any:
-        """Issue the first collective: its work object, or a finished Handle where nothing had to be sent."""
-        try:
-            return next(plan.steps)
-        except StopIteration as done:
-            return Handle(done.value)
-        except RuntimeError as error:
-            raise self.fail(plan.text, error, time.monotonic()) from error
-
-    def _finish(self, plan: Plan, work: Any = None) -> Any:
-        """Run the steps to their end, from `work` on where it is in flight already."""
-        self._raise_if_broken(self._left and work is None)
-        self._calls += 1
-        self._now_doing = f"in {plan.text} (call {self._calls})"
-        began = time.monotonic()
-        try:
-            while True:
-                if work is not None:
-                    work.wait()
-                work = next(plan.steps)
-        except StopIteration as done:
-            self._now_doing = f"outside any collective (last: {plan.text}, call {self._calls})"
-            self._finished += 1
-            return done.value
-        except RuntimeError as error:
-            if isinstance(error, CommunicatorError):
-                raise
-            raise self.fail(plan.text, error, began) from error
-
-    def _start_on_stream(self, plan: Plan) -> Handle:
-        """NCCL, HCCL: issue everything on a side stream that starts after the calling stream's work so far."""
-        module = torch.get_device_module(plan.tensors[0].device)
-        if self._side_stream is None:
-            self._side_stream = module.Stream(device=plan.tensors[0].device)
-        side = self._side_stream
-        side.wait_stream(module.current_stream())
-        for tensor in plan.tensors:
-            tensor.record_stream(side)               # the caller may drop them before the side stream has read them
-        with module.stream(side):
-            result = self._finish(plan)
-            event = side.record_event()
-        return StreamHandle(result, event, module)
-
-    def _start_staged(self, plan: Plan) -> Handle:
-        """Device tensors through host memory: the thread waits for the calling stream's work so far, then copies and sends."""
-        module = torch.get_device_module(self.device)
-        ready = module.current_stream().record_event()
-        side = self._side_stream = self._side_stream or module.Stream(device=self.device)
-
-        def call() -> Any:
-            with module.stream(side):
-                side.wait_event(ready)
-                result = self._finish(plan)
-                side.synchronize()
-            return result
-
-        return self._thread.submit(call)
-
-    # ---- idling, failing, ending ------------------------------------------------------------------------------------------------
-
-    def await_signal(self, src: int = 0, *, site: str = "") -> None:
-        check_rank("await_signal", "src", src, self.world_size)
-        self._raise_if_broken(self._closed)
-        self._signals[src] += 1
-        key = f"signal/{src}"                        # a counter: the store answers add(key, 0) at once, and it never grows
-        text = f"await_signal from rank {src}" + (f" at {site}" if site else "")
-        began = asked = time.monotonic()
-        try:
-            if self.rank == src:
-                self._store.add(key, 1)
-                return
-            self._now_doing = f"in {text}"
-            while self._store.add(key, 0) < self._signals[src]:
-                now = time.monotonic()               # polled, since Ctrl-C cannot interrupt a blocking wait; a tenth of the time so far
-                time.sleep(min(max(2e-4, 0.1 * (now - began)), 0.025))
-                if now - asked > self.timeout_s:
-                    if src not in self._roll_call.ask([src]):
-                        raise RuntimeError(f"rank {src} stopped answering")
-                    asked = time.monotonic()
-            self._now_doing = f"outside any collective (last: {text})"
-        except RuntimeError as error:
-            raise self.fail(text, error, began) from error
-
-    def busy(self) -> bool:
-        return self._thread.busy()
-
-    def in_background(self, call: Callable[[], Any]) -> Handle:
-        return self._thread.submit(call)
-
-    def raise_if_broken(self) -> None:
-        self._raise_if_broken(self._closed)
-
-    def _raise_if_broken(self, too_late: bool) -> None:
-        if self.failure is not None:
-            first = self.failure
-            raise CommunicatorError(str(first), rank=first.rank, operation=first.operation, missing=first.missing)
-        if too_late:
-            raise CommunicatorError(f"rank {self.rank} of {self.world_size}: the communicator has been closed", rank=self.rank)
-
-    def fail(self, text: str, error: Exception, began: float) -> CommunicatorError:
-        """The error for a failed operation, after a look at who is still there; the first one is kept and breaks the communicator."""
-        with self._failing:
-            if self.failure is None:
-                waited = time.monotonic() - began
-                self._now_doing = f"in {text} (call {self._calls}), where it has failed"
-                missing, found = self._look_around()
-                detail = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". This is typically")[0]
-                message = (
-                    f"rank {self.rank} of {self.world_size}: {text} failed after {waited:.1f} s "
-                    f"(time-out {self.timeout_s:g} s): {found} [{detail}]"
-                )
-                self.failure = CommunicatorError(message, rank=self.rank, operation=text, missing=missing)
-            return self.failure
-
-    def _look_around(self) -> tuple[list[int], str]:
-        """The ranks that do not answer, and what can be said in words."""
-        try:
-            answers = self._roll_call.ask()
-            left = self._roll_call.left()
-        except RuntimeError:
-            if self._store_rank is None:
-                return [], "nobody can be asked who is missing, torchrun's agent and its store are gone"
-            return [self._store_rank], f"rank {self._store_rank} is gone, and with it the rendezvous store that it served"
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        missing = [rank for rank in others if rank not in answers]
-        lines = [
-            f"rank {rank} " + ("has closed its communicator" if rank in left else "does not answer (killed, stopped or unreachable)")
-            for rank in missing
-        ]
-        lines += [f"rank {rank} is alive, {answers[rank]}" for rank in others if rank in answers]
-        if not missing:
-            lines.insert(0, "every rank is alive, so their calls are out of step or one came too late")
-        return missing, "; ".join(lines)
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._settle(CLOSE_S) and self._exchange.wire.used and self.failure is None:
-            # Peers keep writing to us, that their receives are posted; closing on what we have not read loses what they have not got.
-            self._roll_call.await_finished(self._finished, CLOSE_S)
-        self._left = True                            # what is queued still must not start on a later communicator's group
-        self._roll_call.close()
-        self._leave()
-
-    def _settle(self, limit_s: float) -> bool:
-        """Wait for what is in flight, but not long; False when something still is."""
-        deadline = time.monotonic() + limit_s
-        settled = self._thread.close(limit_s)
-        for work in self._in_flight:
-            left = deadline - time.monotonic()
-            try:
-                if not work.is_completed():
-                    work.wait(timedelta(seconds=max(left, 0.001)))
-            except RuntimeError:
-                settled = settled and work.is_completed()
-        return settled
-
-
-def _leave_at_exit(this: weakref.ref) -> None:
-    """Close at interpreter exit. Where a dead peer leaves gloo's threads waiting, their destructors would hang the exit, or abort it."""
-    communicator = this()
-    if communicator is None:
-        return
-    broken = communicator.failure is not None
-    communicator.close()
-    if broken and not communicator._settle(0.1):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def _doing(communicator: DistributedCommunicator | None) -> str:
-    """What the rank is at, for one that asks: a call of this communicator, else what a wrapper says, else the last call."""
-    if communicator is None:
-        return "gone"
-    own = communicator._now_doing
-    return own if own.startswith("in ") or communicator.wrapper_doing is None else communicator.wrapper_doing() or own
-
-
-def _text(operation: str, x: torch.Tensor, site: str) -> str:
-    return f"{operation} of x {list(x.shape)} {str(x.dtype).removeprefix('torch.')}" + (f" at {site}" if site else "")
-
+        return self._run(plan(text, steps(self._exchange.wire), False, ()))

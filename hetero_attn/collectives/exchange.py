@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hetero_attn.collective_arguments import agreed_sizes, shape_record
+from hetero_attn.collective_arguments import NormArguments, agreed_sizes, shape_record
 from hetero_attn.collectives import algorithms
 from hetero_attn.collectives.choice import NATIVE, PLAIN, Choice, Route
 from hetero_attn.collectives.codec import Codecs
@@ -120,20 +120,11 @@ class Exchange:
                 yield from algorithms.broadcast(route.algorithm, self.wire, _as_bytes(buffer), src)
         return x if self.rank == src else _written_back(x, buffer)
 
-    def all_reduce_rms_norm(
-        self,
-        x: torch.Tensor,
-        residual_shard: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        weight_offset: float,
-        post_weight: torch.Tensor | None,
-        site: str = "",
-    ) -> Steps:
-        shard = yield from self.reduce_scatter(x, site)                                       # [rows(T), C]
-        normed = add_and_norm(shard, residual_shard, weight, eps, weight_offset, post_weight)
-        normed = yield from self.all_gather(normed, 0, shard_counts(self.world_size, x.shape[0]), site)     # [T, C]
-        return normed, residual_shard
+    def all_reduce_rms_norm(self, call: NormArguments) -> Steps:
+        shard = yield from self.reduce_scatter(call.x, call.site)                                       # [rows(T), C]
+        normed = add_and_norm(shard, call.residual_shard, call.weight, call.eps, call.weight_offset, call.post_weight)
+        normed = yield from self.all_gather(normed, 0, shard_counts(self.world_size, call.x.shape[0]), call.site)     # [T, C]
+        return normed, call.residual_shard
 
     # ---- pieces: flat tensors in and out
 

@@ -43,9 +43,11 @@ def reduce_scatter(wire: Wire, coding: Coding, flat: torch.Tensor, counts: list[
         piece = coding.decode(arrival.payload, ROOT, first[wire.rank], own, SUM).to(flat.dtype, copy=True)
         arrival.release()
         return piece
-    pieces = (yield from sum_at_root(wire, coding, flat)).split(counts)
-    yield Pending([wire.send(coding.encode(pieces[peer], first[peer], SUM), peer) for peer in wire.peers if counts[peer]])
-    return pieces[ROOT].clone()
+    total = yield from sum_at_root(wire, coding, flat)
+    # All are encoded before one is sent: where a codec refuses one rank's piece, every rank is to hear of it.
+    payloads = coding.encode_pieces(total[own:], counts[ROOT + 1 :], first[ROOT + 1 :], SUM)                  # of ranks 1 .. N-1
+    yield Pending([wire.send(payloads[peer - 1], peer) for peer in wire.peers if counts[peer]])
+    return total[:own].clone()
 
 
 def push(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:

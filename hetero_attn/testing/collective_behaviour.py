@@ -129,8 +129,17 @@ def inference_mode(communicator: Communicator) -> str | None:
         communicator.all_reduce(x)
         residual = torch.zeros(communicator.row_counts(6)[communicator.rank], 4)
         communicator.start_all_reduce_rms_norm(torch.ones(6, 4), residual, torch.ones(4), 1e-5, site="a").wait()
+        started = communicator.start_all_reduce(half)
+    started.wait()                                   # the handle remembers what its call was made under
+    communicator.all_reduce(x)
+    outside = torch.ones(4)
+    started = communicator.start_all_reduce(outside)
+    with torch.inference_mode():
+        started.wait()
+    scattered = communicator.reduce_scatter(torch.ones(communicator.world_size, 2))
+    scattered.add_(1)                                # no inference tensor, which would refuse it
     world = communicator.world_size
-    right = (x == world**2).all() and (half == world).all() and (residual == world).all()
+    right = (x == world**3).all() and (half == world**2).all() and (residual == world).all() and (outside == world).all()
     return None if right else "results are wrong under inference_mode"
 
 
@@ -177,6 +186,9 @@ def misuse_is_refused(communicator: Communicator) -> str | None:
         ("all_reduce_rms_norm", ValueError, "residual_shard", (norm[0], torch.zeros(rows + 1, 8), norm[2], 1e-5), {"site": "a"}),
         ("all_reduce_rms_norm", TypeError, "x", (norm[0].long(), norm[1], norm[2], 1e-5), {"site": "a"}),
         ("all_reduce_rms_norm", TypeError, "x", (norm[0].to(torch.float8_e4m3fn), norm[1], norm[2], 1e-5), {"site": "a"}),
+        ("all_reduce_rms_norm", TypeError, "eps", (*norm, "1e-5"), {"site": "a"}),
+        ("all_reduce_rms_norm", ValueError, "eps", (*norm, float("nan")), {"site": "a"}),
+        ("all_reduce_rms_norm", TypeError, "weight_offset", (*norm, 1e-5), {"site": "a", "weight_offset": None}),
     ]
     tried = [
         (form + operation, kind, named, functools.partial(getattr(communicator, form + operation), *args, **options))

@@ -64,8 +64,10 @@ class LossyCoding(Coding):
         payload[-1] = min(self._refusals)[0] if self._refusals else FINE
         return payload
 
-    def encode_pieces(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Sequence[torch.Tensor | None]:
-        payloads = super().encode_pieces(values, counts, firsts)
+    def encode_pieces(
+        self, values: torch.Tensor, counts: list[int], firsts: list[int], stage: str = PARTIAL
+    ) -> Sequence[torch.Tensor | None]:
+        payloads = super().encode_pieces(values, counts, firsts, stage)
         if self._refusals:                           # whichever piece it was in: its owner is not the only one who must know
             for payload in payloads:
                 if payload is not None:

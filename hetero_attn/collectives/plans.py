@@ -1,0 +1,78 @@
+"""A checked call on its way: the plan that the operations make of it, and what start() gives the caller to wait for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from hetero_attn.collectives.exchange import Steps
+from hetero_attn.communicator import Handle
+
+
+class Plan(NamedTuple):
+    """A checked call: its name for errors, its steps, whether all its collectives are issued by the first step, its tensors, and whether
+    it was made under inference mode or writes tensors that were."""
+
+    text: str
+    steps: Steps
+    single: bool
+    tensors: tuple[torch.Tensor, ...]
+    inference: bool
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """torch's modes for its steps, whoever runs them and when: those of the call, since torch keeps modes per thread and a handle may
+        be waited for under others; and no gradient, since collectives carry none."""
+        with torch.inference_mode(self.inference), torch.no_grad():
+            yield
+
+
+def plan(text: str, steps: Steps, single: bool, tensors: tuple[torch.Tensor, ...]) -> Plan:
+    """A Plan under the caller's modes."""
+    return Plan(text, steps, single, tensors, torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors))
+
+
+def text_of(operation: str, x: torch.Tensor, site: str) -> str:
+    """A call in words, for errors: "all_reduce of x [4, 8] float32 at layers.0.o_proj"."""
+    return f"{operation} of x {list(x.shape)} {str(x.dtype).removeprefix('torch.')}" + (f" at {site}" if site else "")
+
+
+class WorkHandle(Handle):
+    """An operation whose only collective is in flight; wait() does what is left, once."""
+
+    def __init__(self, finish: Callable[[], Any]) -> None:
+        super().__init__()
+        self._finish: Callable[[], Any] | None = finish
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+
+    def wait(self) -> Any:
+        with self._lock:
+            if self._finish is not None:
+                finish, self._finish = self._finish, None
+                try:
+                    self._result = finish()
+                except Exception as error:
+                    self._error = error
+            if self._error is not None:
+                raise self._error
+            return self._result
+
+
+class StreamHandle(Handle):
+    """An operation on a device's side stream; wait() orders the calling stream after it and leaves the host alone."""
+
+    def __init__(self, result: Any, event: Any, module: Any) -> None:
+        super().__init__(result)
+        self._event, self._module = event, module
+
+    def wait(self) -> Any:
+        stream = self._module.current_stream()
+        stream.wait_event(self._event)
+        for tensor in self._result if isinstance(self._result, tuple) else (self._result,):
+            tensor.record_stream(stream)             # allocated for the side stream, from now on used on this one
+        return self._result
