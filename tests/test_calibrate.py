@@ -1,5 +1,6 @@
 """hetero-attn calibrate: it measures the paper's ranges at each site and rank, and what it writes is found again, by its own model only."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,17 +9,20 @@ import pytest
 import torch
 
 from hetero_attn.cli import main
-from hetero_attn.collectives.choice import Fixed, Route
+from hetero_attn.collectives.choice import Fixed, Route, from_json
 from hetero_attn.collectives.codec.calibration import CalibrationError, calibration_path, from_bytes, read
+from hetero_attn.collectives.cost import LinkModel
+from hetero_attn.collectives.tuning import Survey
 from hetero_attn.models.calibration import RangeObserver, chunks_of, find_calibration, key_of, measure_ranges, share_calibration, summary
 from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.models.load import load_model
-from hetero_attn.profile import load_profile
+from hetero_attn.profile import load_profile, save_overlay
 from hetero_attn.testing.ranks import on_ranks
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n\n" * 12
 WORLD, CHUNKS, TOKENS = 2, 4, 32
+SLOW = Survey(WORLD, ("alpha", "beta"), LinkModel(1e-3, 8 / 10e6, 8 / 10e6, 2e-4))      # 10 Mbit/s: what is smaller is quicker
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,50 @@ def test_the_codec_finds_it(configured):
     assert outcomes[0].result["kl"] == outcomes[1].result["kl"]
 
 
+def test_tune_shows_the_calibrated_codec(configured, capsys):
+    """Over a slow link `codec: auto` takes it at the model's sites; the listing says what packing costs, and what is chosen."""
+    save_overlay(load_profile("cpu"), SLOW.settings(), world_size=WORLD)
+    asked = ["tune", "--profile", "cpu", "--tp", str(WORLD), "--show", "--set", "codec=auto"]
+    assert main([*asked, "--model", str(TINY)]) == 0
+    shown = capsys.readouterr().out
+    assert "codec int4_outliers: 4.25 bits a value" in shown and "with int4_outliers" in shown and "group32" not in shown
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "codec int4_group32: 4.50 bits" in shown and "with int4_group32" in shown and "int4_outliers" not in shown
+    assert main([*asked, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["codecs"]) == {"int4_group32", "int8_group32"}
+    assert main(["tune", "--profile", "cpu", "--tp", "2", "--model", str(TINY)]) == 2
+
+
+def auto_codec(communicator) -> dict:
+    """What the choice is before a model brings its calibration, after it, and that both kinds of call go through."""
+    from hetero_attn.collectives import tuning
+
+    hosts = list(SLOW.hosts)
+    profile = load_profile("cpu", sets=["codec=auto"])
+    if communicator.rank == 0:
+        profile = dataclasses.replace(profile, link=load_profile("cpu", world_size=WORLD).link)
+    communicator.choice, source = tuning.settle(communicator, profile, hosts, worth_measuring=False)
+    before = communicator.choice.pick("all_reduce", 1 << 18, torch.float32, "layers.0.o_proj")
+    share_calibration(profile, ModelConfig.from_dir(TINY), communicator)
+    picks = [communicator.choice.pick("all_reduce", size, torch.float32, site) for size, site in
+             ((1 << 18, "layers.0.o_proj"), (1 << 18, "elsewhere"), (256, "layers.0.o_proj"))]
+    sums = [communicator.all_reduce(torch.ones(1024, 256), site=site) for site in ("layers.0.o_proj", "elsewhere")]
+    return {"source": source, "before": before.codec, "picks": [pick.codec for pick in picks], "json": communicator.choice.to_json(),
+            "sums": [total.mean().item() for total in sums], "sites": sorted(communicator.codecs.traffic.sites)}
+
+
+def test_auto_takes_the_calibrated_codec_at_its_sites(configured):
+    save_overlay(load_profile("cpu"), SLOW.settings(), world_size=WORLD)
+    outcomes = on_ranks(auto_codec, (), WORLD)
+    assert not any(outcome.error for outcome in outcomes), outcomes[0].traceback
+    first, second = (outcome.result for outcome in outcomes)
+    assert first["json"] == second["json"] and from_json(first["json"]).to_json() == first["json"]
+    assert first["before"] == "int4_group32" and first["picks"] == ["int4_outliers", "int4_group32", "none"]
+    assert first["sums"] == second["sums"] and first["sums"] == pytest.approx([2, 2], rel=0.3)
+    assert first["sites"] == ["elsewhere", "layers.0.o_proj"]
+
+
 def test_without_one_all_ranks_say_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HETERO_ATTN_CONFIG_DIR", str(tmp_path))
     outcomes = on_ranks(through_the_codec, ("codec=int4_outliers",), WORLD)
@@ -204,7 +252,7 @@ def test_chunks_are_spread_over_the_text():
 def observed_nan(communicator) -> str:
     observer = RangeObserver(communicator)
     try:
-        observer.all_reduce(torch.tensor([[1.0, float("nan")]]), site="layers.0.o_proj")
+        observer.all_reduce(torch.tensor([[1.0, float("nan") if communicator.rank == 0 else 2.0]]), site="layers.0.o_proj")
     except ModelError as error:
         return str(error)
     return ""
@@ -212,7 +260,7 @@ def observed_nan(communicator) -> str:
 
 def test_values_that_are_not_finite_end_the_calibration():
     outcomes = on_ranks(observed_nan, (), WORLD)
-    assert [outcome.result for outcome in outcomes] and all("layers.0.o_proj" in outcome.result for outcome in outcomes)
+    assert all("layers.0.o_proj" in outcome.result for outcome in outcomes), "one rank had it, and the others waited"
 
 
 def test_the_observer_is_asked_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -16,6 +17,7 @@ from hetero_attn.collectives.cost import CANDIDATES, CodecCost, LinkModel, Load,
 from hetero_attn.collectives.link import Point, samples_of
 from hetero_attn.collectives.tuning import SIZES, Survey, from_profile
 from hetero_attn.collectives.wire import AHEAD_BYTES
+from hetero_attn.hardware import Link
 from hetero_attn.profile import DeviceProfile, ProfileError, load_profile, save_overlay
 from hetero_attn.testing.ranks import on_ranks
 
@@ -236,6 +238,12 @@ def in_ranks(communicator, hosts):
         # Other ranks' profiles are ignored: all follow rank 0.
         profile = plain if communicator.rank else DeviceProfile(name="mine", device="cpu", algorithm=algorithm, codec=codec)
         settled.append(tuning.settle(communicator, profile, hosts, worth_measuring=worth_measuring))
+    damaged = Link(latency_ms=1.0, hosts=tuple(f"{rank} {host}" for rank, host in enumerate(hosts)), measured=("scan 8 star none 3",))
+    try:                                             # rank 0's overlay alone is damaged: all are told, none waits
+        tuning.settle(communicator, plain if communicator.rank else dataclasses.replace(plain, link=damaged), hosts, worth_measuring=False)
+        settled.append((Choice(), "nothing was said"))
+    except ValueError as error:
+        settled.append((Choice(), str(error)))
     communicator.choice = settled[0][0]
     communicator.all_reduce(torch.ones(5000))
     timed = {(point.operation, point.route.algorithm) for point in found.points}
@@ -250,7 +258,8 @@ def test_all_ranks_settle_on_rank_0s_choice():
     assert not any(outcome.error for outcome in outcomes), outcomes
     tables, sources, timed, (numbers, found_hosts) = outcomes[0].result
     assert all(outcome.result[0] == tables for outcome in outcomes)
-    assert [json.loads(text)["kind"] for text in tables] == ["table", NATIVE, "fixed", "table", "table", "fixed"]
+    assert [json.loads(text)["kind"] for text in tables] == ["table", NATIVE, "fixed", "table", "table", "fixed", NATIVE]
+    assert all("link.measured holds 'scan 8 star none 3'" in outcome.result[1][-1] for outcome in outcomes)
     named = from_json(tables[3])
     assert [named.pick(each, ROW, torch.float32).codec for each in ("all_reduce", "all_gather")] == ["int8_group32", "none"]
     assert from_json(tables[5]).pick("all_reduce", ROW, torch.bfloat16) == Route("two_shot", "int4_group32")

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetero_attn.cli.errors import CommandError, CommandFailed
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   hetero-attn tune --tp 2
   hetero-attn tune --tp 2 --show
+  hetero-attn tune --tp 2 --show --set codec=auto --model examples/tiny-llama
   torchrun --nnodes=4 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn tune"""
 
 
@@ -38,6 +40,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, metavar="N", help="number of ranks; started here unless torchrun did")
     parser.add_argument("--show", action="store_true", help="print the table of what was measured before; measure nothing")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
+    parser.add_argument("--model", metavar="MODEL", type=Path, help="with --show: whose calibration codec auto and int4_outliers have")
     parser.add_argument("--profile", metavar="NAME|FILE", help="device profile (default: detected)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile value (repeatable)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, npu")
@@ -61,9 +64,11 @@ def run(args) -> int:
     if world_size < 2:
         raise CommandError(f"--tp is {world_size}, expected at least 2 ranks: one sends nothing")
     profile = load_profile(args.profile, sets=args.set, device=args.device, world_size=world_size)
+    if args.model is not None and not args.show:
+        raise CommandError("--model is given without --show; what is measured here is the link, which no model changes")
     if args.show:
         if env.rank == 0:
-            show(profile, world_size, args.json)
+            show(profile, world_size, args.model, args.device, args.json)
         return 0
     if joined:
         return work(profile, args.device, args.json, args.dry_run)
@@ -84,6 +89,7 @@ def work(profile: DeviceProfile, device: str | None, as_json: bool, dry_run: boo
     with init_communicator(plain, device=device) as communicator:
         began = time.perf_counter()
         found = tuning.survey(communicator, tuning.gather_hosts(communicator), tuning.THOROUGH)
+        found = dataclasses.replace(found, codecs=tuning.measure_codecs(communicator, tuning.codecs_of(profile.codec)))
         seconds = time.perf_counter() - began
         if communicator.rank:
             return 0
@@ -97,13 +103,21 @@ def work(profile: DeviceProfile, device: str | None, as_json: bool, dry_run: boo
     return 0
 
 
-def show(profile: DeviceProfile, world_size: int, as_json: bool) -> None:
-    """Print what the overlay holds. Raises CommandError where it holds nothing."""
+def show(profile: DeviceProfile, world_size: int, model: Path | None, device: str | None, as_json: bool) -> None:
+    """Print what the overlay holds, and the choice that follows. Codecs are timed here and now: they cost processor time and no link.
+
+    Raises CommandError where nothing was measured, ModelError for a model without a calibration under codec int4_outliers.
+    """
     from hetero_attn.collectives import tuning
+    from hetero_attn.collectives.link import codec_costs
+    from hetero_attn.models.calibration import calibration_for_show
 
     found = tuning.from_profile(profile.link, world_size)
     if found is None:
         raise CommandError(f"profile {profile.name!r} has no measured link for {world_size} ranks; run hetero-attn tune --tp {world_size}")
+    calibration = None if model is None else calibration_for_show(profile, model, world_size, device)
+    names = tuning.codecs_of(profile.codec, calibrated=calibration is not None)
+    found = dataclasses.replace(found, codecs=codec_costs(0, world_size, names, calibration))
     report(found, profile, as_json, {"origin": profile.origins["link.latency_ms"]})
 
 

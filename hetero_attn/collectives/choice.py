@@ -80,6 +80,20 @@ class Table(Choice):
         return json.dumps({"kind": "table", "rows": rows})
 
 
+class BySite(Choice):
+    """One choice at some sites of the model, those that were calibrated, and another everywhere else."""
+
+    def __init__(self, sites: Iterable[str], inside: Choice, elsewhere: Choice) -> None:
+        self.sites, self.inside, self.elsewhere = frozenset(sites), inside, elsewhere
+
+    def pick(self, operation: str, nbytes: int, dtype: torch.dtype, site: str = "") -> Route:
+        return (self.inside if site in self.sites else self.elsewhere).pick(operation, nbytes, dtype, site)
+
+    def to_json(self) -> str:
+        parts = [json.loads(each.to_json()) for each in (self.inside, self.elsewhere)]
+        return json.dumps({"kind": "sites", "sites": sorted(self.sites), "inside": parts[0], "elsewhere": parts[1]})
+
+
 def _by_exponent(sizes: Mapping[int, Route]) -> list[Route]:
     """The route of 2^0, 2^1, ... up to the largest size of the table: each that of the nearest size, the smaller of two."""
     known = sorted((size.bit_length() - 1, route) for size, route in sizes.items())
@@ -93,9 +107,11 @@ def from_json(text: str) -> Choice:
         return Fixed(Route(*found["route"]))
     if found["kind"] == "table":
         return Table(_rows(found["rows"]))
+    if found["kind"] == "sites":
+        return BySite(found["sites"], *(from_json(json.dumps(found[part])) for part in ("inside", "elsewhere")))
     if found["kind"] == NATIVE:
         return Choice()
-    raise ValueError(f"a choice is of kind {found['kind']!r}, expected {NATIVE}, fixed or table")
+    raise ValueError(f"a choice is of kind {found['kind']!r}, expected {NATIVE}, fixed, table or sites")
 
 
 def _rows(flat: Iterable[tuple[str, str, int, str, str]]) -> dict[tuple[str, str], dict[int, Route]]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from hetero_attn.collectives.choice import Fixed, Route
-from hetero_attn.collectives.codec import CALIBRATED, Codecs
+from hetero_attn.collectives.codec import CALIBRATED, Calibration, Codecs
 from hetero_attn.collectives.cost import CANDIDATES, CodecCost, Load, load
 from hetero_attn.collectives.direct import Steps
 from hetero_attn.collectives.distributed import DistributedCommunicator
@@ -136,21 +136,33 @@ def chosen(communicator: DistributedCommunicator, route: Route) -> Iterator[None
         communicator.choice = kept
 
 
-def measure_codecs(communicator: DistributedCommunicator, names: Sequence[str]) -> dict[str, CodecCost]:
-    """Bytes on the wire and seconds for a byte of fp32, by the slowest rank's own kernels. The one that needs a calibration, which comes
-    with a model only, is counted as the one of as many bits that needs none."""
-    codecs, found = Codecs(communicator.rank, communicator.world_size), {}
-    values = torch.linspace(-1.0, 1.0, CODEC_VALUES)
+def codec_costs(rank: int, world_size: int, names: Sequence[str], calibration: Calibration | None = None) -> dict[str, CodecCost]:
+    """Bytes on the wire and seconds for a byte of fp32 by this rank's own kernels. The codec that needs a calibration is timed with its
+    first site's tables; without one, which comes with a model only, it is counted as the codec of as many bits that needs none."""
+    codecs, found = Codecs(rank, world_size), {}
+    codecs.calibration = calibration
     for name in names:
-        coding = codecs.coding("int4_group32" if name == CALIBRATED else name, "tune", CODEC_VALUES, values.dtype)
+        site, width = "tune", CODEC_VALUES
+        if name == CALIBRATED and calibration is not None:
+            site = next(iter(calibration.sites))
+            width = calibration.sites[site].sum_scale.numel()
+        values = torch.linspace(-1.0, 1.0, max(1, CODEC_VALUES // width) * width)
+        coding = codecs.coding("int4_group32" if name == CALIBRATED and calibration is None else name, site, width, values.dtype)
         times = []
         for _ in range(5):
             began = time.perf_counter()
-            coding.decode(coding.encode(values, 0), communicator.rank, 0, CODEC_VALUES)
+            coding.decode(coding.encode(values, 0), rank, 0, values.numel())
             times.append(time.perf_counter() - began)
-        seconds = slowest(communicator, min(times)) / 2
-        found[name] = CodecCost(coding.size(0, CODEC_VALUES) / values.nbytes, seconds / values.nbytes)
+        found[name] = CodecCost(coding.size(0, values.numel()) / values.nbytes, min(times) / 2 / values.nbytes)
     return found
+
+
+def measure_codecs(
+    communicator: DistributedCommunicator, names: Sequence[str], calibration: Calibration | None = None
+) -> dict[str, CodecCost]:
+    """codec_costs() of the slowest rank; all ranks call it together."""
+    own = codec_costs(communicator.rank, communicator.world_size, names, calibration)
+    return {name: CodecCost(cost.ratio, slowest(communicator, cost.byte_s)) for name, cost in own.items()}
 
 
 def samples_of(world_size: int, pings: list[float], streams: list[tuple[int, float]], points: list[Point]) -> list[tuple[Load, float]]:

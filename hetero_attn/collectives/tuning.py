@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from hetero_attn.collectives.algorithms import CODED, OPERATIONS
-from hetero_attn.collectives.choice import NARROW, NATIVE, PLAIN, WIDE, Choice, Fixed, Route, Table, from_json
+from hetero_attn.collectives.choice import NARROW, NATIVE, PLAIN, WIDE, BySite, Choice, Fixed, Route, Table, from_json
+from hetero_attn.collectives.codec import CALIBRATED as CALIBRATED_CODEC
 from hetero_attn.collectives.codec import GROUP_BITS
+from hetero_attn.collectives.codec import NAMES as CODECS
 from hetero_attn.collectives.cost import CANDIDATES, CodecCost, LinkModel, as_settings, fit, from_settings, predict
 from hetero_attn.collectives.distributed import DistributedCommunicator
 from hetero_attn.collectives.link import WARM_UP, Point, chosen, measure, measure_codecs, measure_pings, measure_streams, samples_of
@@ -134,6 +136,9 @@ def from_profile(link: Link, world_size: int) -> Survey | None:
     for text in link.measured:
         operation, nbytes, algorithm, codec, milliseconds = text.split()
         route, seconds = Route(algorithm, codec), float(milliseconds) * 1e-3
+        known = algorithm in CANDIDATES.get(operation, ()) and codec in (PLAIN, *CODECS)
+        if not (known and int(nbytes) > 0 and 0 < seconds < math.inf):
+            raise ValueError(f"link.measured holds {text!r}")
         points[operation, int(nbytes), route] = Point(operation, int(nbytes), route, seconds)
     model = from_settings(link.latency_ms, link.message_ms or 0.0, link.crowd_ms or 0.0, link.bandwidth_mbps, link.root_mbps)
     return Survey(world_size, tuple(entry.partition(" ")[2] for entry in link.hosts), model, tuple(points.values()))
@@ -194,12 +199,18 @@ def settle(
     A named algorithm is taken as it is. 'auto' takes the overlay's measurements where they are of these hosts; else it measures for about
     a second where that is worth it (not on one host, and not where a device library carries the tensors).
     """
-    known = from_profile(profile.link, communicator.world_size)
-    if known is not None and list(known.hosts) != list(hosts):
-        known = None
-    allowed = {"algorithm": profile.algorithm, "codec": profile.codec}
-    plan = "name" if profile.algorithm != "auto" else "overlay" if known is not None else "measure" if worth_measuring else "leave"
-    plan, allowed = share_json(communicator, (plan, allowed))
+    allowed, trouble, known, plan = {"algorithm": profile.algorithm, "codec": profile.codec}, "", None, "leave"
+    if communicator.rank == 0:                       # its profile counts; what is wrong with it is everybody's error, or they would wait
+        try:
+            known = from_profile(profile.link, communicator.world_size)
+        except ValueError as error:
+            trouble = f"the overlay's link measurements are damaged ({error}); run hetero-attn tune --tp {communicator.world_size} again"
+        if known is not None and list(known.hosts) != list(hosts):
+            known = None
+        plan = "name" if profile.algorithm != "auto" else "overlay" if known is not None else "measure" if worth_measuring else "leave"
+    plan, allowed, trouble = share_json(communicator, (plan, allowed, trouble))
+    if trouble:
+        raise ValueError(f"rank {communicator.rank} of {communicator.world_size}: {trouble}")
     algorithm, codec = allowed["algorithm"], allowed["codec"]
     if plan == "name":
         return Fixed(Route(algorithm, PLAIN if codec == "auto" else codec)), "the profile names it"
@@ -209,11 +220,33 @@ def settle(
         return Fixed(Route("two_shot", codec)), "not measured, and the profile names a codec"
     began = time.perf_counter()
     found = survey(communicator, hosts) if plan == "measure" else known
-    names = () if codec == PLAIN else tuple(GROUP_BITS) if codec == "auto" else (codec,)
-    codecs = measure_codecs(communicator, names)
-    table = replace(found, codecs=codecs).table(**allowed).to_json() if communicator.rank == 0 else ""
+    codecs = measure_codecs(communicator, codecs_of(codec))
+    if found is not None:
+        found = replace(found, codecs=codecs)
+    table = found.table(**allowed).to_json() if communicator.rank == 0 else ""
+    if codec == "auto":                              # which codecs there are is known when the model has brought its calibration
+        communicator.codecs.on_calibration = partial(_choose_anew, communicator, found)
     source = f"measured at start-up in {time.perf_counter() - began:.1f} s" if plan == "measure" else "measured by `hetero-attn tune`"
     return from_json(share_json(communicator, table)), source
+
+
+def codecs_of(codec: str, *, calibrated: bool = False) -> tuple[str, ...]:
+    """The codecs that a profile's `codec` lets a sum choose from; calibrated: at a site that a calibration covers."""
+    if codec == "auto":
+        return (CALIBRATED_CODEC,) if calibrated else tuple(GROUP_BITS)
+    return () if codec == PLAIN else (codec,)
+
+
+def _choose_anew(communicator: DistributedCommunicator, found: Survey | None) -> None:
+    """Under `codec: auto`, with a calibration: its sites choose between int4_outliers and no codec, other calls as before. `found` counts
+    on rank 0; all ranks call this together."""
+    calibration = communicator.codecs.calibration
+    cost = measure_codecs(communicator, codecs_of("auto", calibrated=True), calibration)
+    choice = ""
+    if communicator.rank == 0:
+        inside = replace(found, codecs=cost).table(codec="auto")
+        choice = BySite(calibration.sites, inside, found.table(codec="auto")).to_json()
+    communicator.choice = from_json(share_json(communicator, choice))
 
 
 def share_json(communicator: Communicator, value: Any) -> Any:
@@ -246,7 +279,8 @@ def as_json(found: Survey, **allowed: str) -> dict[str, Any]:
                     "measured_ms": {name: round(seconds * 1e3, 4) for name, seconds in measured.items() if seconds},
                     "choice": found.best(operation, nbytes, kind, **allowed)._asdict(),
                 })
-    return {"world_size": found.world_size, "hosts": list(found.hosts), "link": as_settings(found.link), "rows": rows}
+    codecs = {name: {"bits": 32 * cost.ratio, "ns_per_value": 4e9 * cost.byte_s} for name, cost in found.codecs.items()}
+    return {"world_size": found.world_size, "hosts": list(found.hosts), "link": as_settings(found.link), "codecs": codecs, "rows": rows}
 
 
 def as_text(found: Survey, *, sizes: Sequence[int] = SIZES[::2], operations: Sequence[str] = OPERATIONS, **allowed: str) -> str:
@@ -257,6 +291,8 @@ def as_text(found: Survey, *, sizes: Sequence[int] = SIZES[::2], operations: Seq
         f"{found.world_size} ranks on {_hosts(found.hosts)}",
         f"latency {numbers['latency_ms']:g} ms, a rank's link {rate['bandwidth_mbps']}, into one rank {rate['root_mbps']}, "
         f"a message {numbers['message_ms']:g} ms, and {numbers['crowd_ms']:g} ms for each of all ranks' messages",
+        *(f"codec {name}: {32 * cost.ratio:.2f} bits a value, {4e9 * cost.byte_s:.2f} ns to pack or unpack one"
+          for name, cost in found.codecs.items()),
         "float32; milliseconds as the model predicts them, [measured] where a run was timed; > marks the choice: the least of measured,",
         "or predicted times what the runs of the same algorithm beside it were off by",
     ]

@@ -6,6 +6,7 @@ bias included. Loading looks for the result under the same key (profile, device,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from hetero_attn.profile_detect import device_name, present_device
 
 SITE = "calibration"
 CODECS_WITH = (CALIBRATED, "auto")                   # a profile's codec that looks for a calibration
+log = logging.getLogger("hetero_attn")
 
 
 class RangeObserver(Communicator):
@@ -50,20 +52,23 @@ class RangeObserver(Communicator):
         """Sum as the base does. Raises ModelError where the model's values are not finite."""
         if site in EXACT_SITES or not x.is_floating_point():
             return self.base.all_reduce(x, site=site)
-        self._watch(self.summands, site, x)
-        self.base.all_reduce(x, site=site)
-        self._watch(self.sums, site, x)
+        trouble = self._watch(self.summands, site, x)
+        self.base.all_reduce(x, site=site)           # what is not finite on one rank is so in the sum: every rank ends here, none waits
+        trouble = trouble or self._watch(self.sums, site, x)
+        if trouble:
+            raise ModelError(trouble)
         return x
 
     def reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> torch.Tensor:
         return self.all_reduce(x.clone(), site=site)[self.rows(x.shape[0])].clone()
 
-    def _watch(self, ranges: dict[str, MovingRange], site: str, x: torch.Tensor) -> None:
+    def _watch(self, ranges: dict[str, MovingRange], site: str, x: torch.Tensor) -> str:
+        """Take x's rows in; what is wrong with them, '' if nothing is."""
         try:
             ranges.setdefault(site, MovingRange()).update(x)
         except ValueError as error:
-            raise ModelError(f"rank {self.rank} at {site}: {error}; the model cannot be calibrated in this dtype, try --dtype float32"
-                             ) from None
+            return f"rank {self.rank} at {site}: {error}; the model cannot be calibrated in this dtype, try --dtype float32"
+        return ""
 
     def gathered(self) -> dict[str, SiteRanges]:
         """Every rank's numbers, on every rank. All ranks call it after the same calls."""
@@ -143,6 +148,18 @@ def find_calibration(profile: DeviceProfile, config: ModelConfig, world_size: in
     return found
 
 
+def calibration_for_show(profile: DeviceProfile, model: Path, world_size: int, device: str | None = None) -> Calibration | None:
+    """What share_calibration() would give the ranks of this model; None under a codec without one, and under auto where there is none."""
+    if profile.codec not in CODECS_WITH:
+        return None
+    try:
+        return find_calibration(profile, ModelConfig.from_dir(model), world_size, device)
+    except ModelError:
+        if profile.codec == CALIBRATED:
+            raise
+        return None
+
+
 def share_calibration(
     profile: DeviceProfile, config: ModelConfig, communicator: Communicator, device: torch.device | str | None = None
 ) -> None:
@@ -156,15 +173,18 @@ def share_calibration(
     if communicator.rank == 0 and profile.codec in CODECS_WITH:
         try:
             content = find_calibration(profile, config, communicator.world_size, device).to_bytes()
-        except ModelError as error:
-            trouble = str(error) if profile.codec == CALIBRATED else ""
+        except Exception as error:                   # whatever it is, the others are waiting to hear
+            if profile.codec == CALIBRATED:
+                trouble = str(error) or type(error).__name__
+            else:
+                log.info("no calibrated codec: %s", error)
     head = communicator.broadcast(torch.tensor([bool(trouble), len(trouble.encode() or content)]), site=SITE)
     if not int(head[1]):
         return
     told = _tell(communicator, trouble.encode() or content, int(head[1]))
     if int(head[0]):
         raise ModelError(told.decode())
-    communicator.codecs.calibration = from_bytes(told)
+    communicator.codecs.take(from_bytes(told))
 
 
 def _tell(communicator: Communicator, content: bytes, length: int) -> bytes:

@@ -10,6 +10,7 @@ others zeros), and travels as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -29,12 +30,20 @@ CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Codecs:
-    """One rank's codecs: `calibration` (None until a model brings one) and the counts in `traffic`."""
+    """One rank's codecs: `calibration` (None until a model brings one) and the counts in `traffic`. on_calibration: called by take(), to
+    weigh the codec that has become possible; None where nothing is chosen."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.calibration: Calibration | None = None
         self.traffic = Traffic()
+        self.on_calibration: Callable[[], None] | None = None
+
+    def take(self, calibration: Calibration) -> None:
+        """A model's calibration has come. All ranks call it together: under `codec: auto` they choose anew."""
+        self.calibration = calibration
+        if self.on_calibration is not None:
+            self.on_calibration()
 
     def coding(self, name: str, site: str, width: int, dtype: torch.dtype) -> Coding:
         """How a call's values travel under codec `name`. width: values in a row of the tensor; double precision stays as it is.
