@@ -133,3 +133,10 @@ def test_a_backend_that_cannot_declare_is_told(capsys, root, cache):
     with registry.register("broken", Broken):
         code, out, err = run(capsys)
     assert code == 0 and "tiny-here" in out and "broken: its kernels() failed: OSError: no answer" in err
+
+
+@pytest.mark.parametrize("words", [["--list"], []])
+def test_a_mistyped_instruction_set_is_what_is_told(capsys, cache, monkeypatch, words):
+    monkeypatch.setenv("HETERO_ATTN_CPU_INSTRUCTION_SET", "avx3")
+    code, out, err = run(capsys, "--backend", "cpu", *words)
+    assert (code, out) == (1, "") and "HETERO_ATTN_CPU_INSTRUCTION_SET" in err and "avx3" in err

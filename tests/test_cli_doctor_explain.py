@@ -90,6 +90,14 @@ def test_doctor(capsys):
     assert settings["strict"].endswith("--set") and "v100.yaml:" in settings["backends"] and settings["vocabulary"].endswith("built-in")
 
 
+def test_doctor_says_something_of_every_communicator(capsys):
+    main(["doctor", "--profile", "cpu", "--set", "communicators=[cpu,sdpa,distributed]"])
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines[lines.index("communicators") + 1 :][:3])
+    assert listed["sdpa"] == "backend 'sdpa' has no communicator; take it out of communicators" and "gloo" in listed["distributed"]
+    assert listed["cpu"].startswith(("can be had here", "no C++ compiler")) and "over" not in listed["cpu"]
+
+
 def test_doctor_as_json_in_a_process_of_its_own(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "HETERO_ATTN_BAKEND": "sdpa"}
     command = [sys.executable, "-m", "hetero_attn", "doctor", "--json"]

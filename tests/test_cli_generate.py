@@ -90,6 +90,10 @@ def test_json_is_one_object_and_the_flags_arrive(run, texts, folder):
         "profile": "cpu", "backend": first, "tp": 1, "dtype": "float32", "device": "cpu", "vocabulary": "sharded", "seed": 5, "tokens": 24}
     for result in facts["results"]:
         assert result["finish_reason"] == "length" and len(result["token_ids"]) == 12 and 0 < result["first_token_s"] <= result["total_s"]
+        assert result["prefill_tokens_per_s"] == result["prompt_tokens"] / result["first_token_s"]
+    slowest = max(result["first_token_s"] for result in facts["results"])
+    assert facts["prefill_tokens_per_s"] == sum(result["prompt_tokens"] for result in facts["results"]) / slowest
+    assert facts["first_token_s"] <= slowest and facts["codec"] is None
     (text,) = texts("Hello")
     stopped = json.loads(run("--prompt", "Hello", "--json", "--stop", "never there", "--stop", text[2:5])[1])["results"][0]
     assert (stopped["text"], stopped["finish_reason"]) == (text[: text.index(text[2:5])], "stop")

@@ -60,6 +60,14 @@ def test_two_ranks_stream_the_text_of_one(folder, text):
     assert "tp 2" in err.decode().splitlines()[-1] and err.count(b"loading weights") == 1
 
 
+def test_what_a_codec_packed_is_told_at_the_end(folder):
+    out, err = start(folder, "--prompt", "Hello", "--max-new-tokens", 4, "--tp", 2, "--json", "--set", "codec=int8_group32").communicate(
+        timeout=120)
+    told = json.loads(out)["codec"]
+    assert told["values"] > 0 and 8 < told["bits_per_value"] < 12 and told["saturated"] == 0 and told["saturated_at"] == {}, err.decode()
+    assert f"codec, on rank 0: {told['values']} values at {told['sites']} sites" in err.decode() and "none saturated" in err.decode()
+
+
 def test_under_torchrun_the_command_joins_the_ranks(folder, text, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hetero_attn")
     (tmp_path / "prompt").write_text("Hello")

@@ -46,7 +46,7 @@ def run(program: str, **environment) -> subprocess.CompletedProcess:
     ({"device": "cuda"}, "device is cuda, these kernels run on the cpu; move"),
     ({"dtype": torch.float64}, "dtype is float64, kernels have float32, float16, bfloat16; cast to float32"),
     ({"head_dim": 513}, "head_dim is 513, kernels have up to 512"), ({"v_head_dim": 600}, "v_head_dim is 600, kernels have up to 512"),
-    ({"needs_grad": True}, "gradients are needed, kernels have no backward; use backend 'sdpa'"),
+    ({"needs_grad": True}, "gradients or a torch.func transform (grad, vmap, jvp) are asked for, kernels have no backward"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_objections_name_value_bound_and_remedy(change, reason):
     assert CpuBackend().unsupported_reasons(SPEC) == []

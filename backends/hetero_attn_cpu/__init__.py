@@ -72,7 +72,8 @@ class CpuBackend(Backend):
             if value > MAX_HEAD_DIM:
                 reasons.append(f"{name} is {value}, kernels have up to {MAX_HEAD_DIM}; use backend 'sdpa'")
         if spec.needs_grad:
-            reasons.append("gradients are needed, kernels have no backward; use backend 'sdpa', or torch.no_grad() if they are not")
+            reasons.append("gradients or a torch.func transform (grad, vmap, jvp) are asked for, kernels have no backward and no batching "
+                           "rule; use backend 'sdpa', or torch.no_grad() where no transform is at work")
         return reasons
 
     def attention(

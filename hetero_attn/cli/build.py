@@ -38,7 +38,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args) -> int:
-    """Builds or lists. Returns 0; raises CommandFailed if a kernel could not be built, after the others have been."""
+    """Builds or lists. Returns 0, 1 where backends could not say what they have and nothing else was there; raises CommandFailed if a
+    kernel could not be built, after the others have been."""
     from hetero_attn.jit import cache_folder, compiler_reason
 
     declared, remarks = declared_kernels(args.backend)
@@ -56,13 +57,13 @@ def run(args) -> int:
         print(f"hetero-attn: {backend}: {reason}", file=sys.stderr)
     if args.json:
         print(json.dumps({"kernels": rows, "into": str(into or cache_folder()), "compiler_reason": compiler_reason()}, indent=2))
-    elif not chosen:
+    elif not chosen and not remarks:
         print("no backend declares a native kernel" + (" that this machine will use; --arch all builds the others" if declared else ""))
     failed = [row for row in rows if row["state"] == "failed"]
     if failed:
         words = dict.fromkeys(row["error"].splitlines()[0] for row in failed)
         raise CommandFailed(f"{len(failed)} of {len(rows)} native kernels could not be built: {'; '.join(words)}")
-    return 0
+    return 1 if remarks and not rows else 0
 
 
 def declared_kernels(only: list[str] | None = None) -> tuple[list[tuple[str, Kernel]], dict[str, str]]:

@@ -147,6 +147,7 @@ def _communicators(profile) -> list[dict]:
     import torch.distributed as dist
 
     from hetero_attn import registry
+    from hetero_attn.backend import Backend
 
     found = []
     for name in profile.communicators:
@@ -156,7 +157,11 @@ def _communicators(profile) -> list[dict]:
             reasons = [] if transports else ["this torch was built without torch.distributed"]
             found.append({"name": name, "transports": transports, "reasons": reasons})
         else:
-            found.append({"name": name, "transports": [], "reasons": registry.unavailable(registry.find(name))})
+            backend = registry.find(name)
+            reasons = list(registry.unavailable(backend))
+            if not reasons and type(backend).communicator is Backend.communicator:
+                reasons = [f"backend {name!r} has no communicator; take it out of communicators"]
+            found.append({"name": name, "transports": [], "reasons": reasons})
     return found
 
 
@@ -182,7 +187,10 @@ def as_text(report: dict) -> str:
         lines += [f"  {backend['name'] if i == 0 else '':<{width}}  {text}" for i, text in enumerate(texts)]
     lines += ["", "communicators"]
     for communicator in report["communicators"]:
-        text = "; ".join(communicator["reasons"]) or "over " + ", ".join(communicator["transports"])
+        text = "; ".join(communicator["reasons"])
+        if not text:
+            transports = ", ".join(communicator["transports"])
+            text = f"over {transports}" if transports else "can be had here; the ranks agree on it when they meet"
         lines.append(f"  {communicator['name']:<{width}}  {text}")
     lines += ["", f"profile {report['profile']}   verified: {report['verified']}   (shipped: {', '.join(report['shipped_profiles'])})"]
     rows = [(s["key"], _plain(s["value"]), s["origin"]) for s in report["settings"] if s["value"] not in (None, (), "")]

@@ -6,8 +6,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from hetero_attn.cli.request import Request
+from hetero_attn.collectives.codec import Traffic
 from hetero_attn.models.generate import Generation, Piece
 from hetero_attn.spec import dtype_name
 
@@ -56,13 +58,16 @@ class TextPrinter:
 
 
 def speed(results: Sequence[Generation]) -> dict[str, float]:
-    """tokens of all results, seconds to the first one, and tokens/s after it over all sequences (0 when there was only one step)."""
+    """tokens of all results, seconds to the first one, and tokens/s after it over all sequences (0 when there was only one step);
+    prefill: prompt tokens of all sequences by the seconds until the last of them had its first token."""
     tokens = sum(len(result.token_ids) for result in results)
     first = min((result.first_token_s for result in results if result.token_ids), default=0.0)
     last = max((result.total_s for result in results), default=0.0)
     started = sum(1 for result in results if result.token_ids)
     rate = (tokens - started) / (last - first) if tokens > started and last > first else 0.0
-    return {"tokens": tokens, "first_token_s": first, "tokens_per_s": rate}
+    slowest = max((result.first_token_s for result in results if result.token_ids), default=0.0)
+    prefill = sum(result.prompt_tokens for result in results if result.token_ids) / slowest if slowest else 0.0
+    return {"tokens": tokens, "first_token_s": first, "prefill_tokens_per_s": prefill, "tokens_per_s": rate}
 
 
 def report_speed(request: Request, results: Sequence[Generation]) -> None:
@@ -75,13 +80,30 @@ def report_speed(request: Request, results: Sequence[Generation]) -> None:
           file=sys.stderr, flush=True)
 
 
-def report_json(request: Request, results: Sequence[Generation], load_s: float) -> None:
-    """The one object on stdout; results are in the prompts' (or turns') order."""
+def report_json(request: Request, results: Sequence[Generation], load_s: float, traffic: Traffic | None = None) -> None:
+    """The one object on stdout; results are in the prompts' (or turns') order. traffic: of rank 0's codecs, if it has any."""
     facts = {
         "model": str(request.model), "profile": request.profile.name, "backend": request.runs_on, "device": request.profile.device,
         "dtype": dtype_name(request.dtype), "vocabulary": request.vocabulary, "tp": request.tp, "seed": request.params.seed,
-        "load_s": load_s, **speed(results), "results": [asdict(result) | {"index": place} for place, result in enumerate(results)],
+        "load_s": load_s, **speed(results), "codec": codec_facts(traffic),
+        "results": [_as_dict(place, result) for place, result in enumerate(results)],
     }
     json.dump(facts, sys.stdout, ensure_ascii=False)
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+def codec_facts(traffic: Traffic | None) -> dict[str, Any] | None:
+    """What went through lossy codecs on this rank, all sites together and those where values saturated; None where nothing did."""
+    if traffic is None or not traffic.sites:
+        return None
+    total = traffic.total()
+    return {
+        "values": total.values, "bytes": total.nbytes, "bits_per_value": total.bits_per_value, "saturated": total.saturated,
+        "sites": len(traffic.sites), "saturated_at": {site: counts.saturated for site, counts in traffic.sites.items() if counts.saturated},
+    }
+
+
+def _as_dict(place: int, result: Generation) -> dict[str, Any]:
+    prefill = result.prompt_tokens / result.first_token_s if result.token_ids else 0.0
+    return asdict(result) | {"index": place, "prefill_tokens_per_s": prefill}

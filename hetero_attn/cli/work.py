@@ -70,12 +70,13 @@ def drive(driver: Driver, request: Request, load_s: float) -> None:
         echo = request.prompts if request.echo else ()
         printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo)
         results = generate(driver.model, as_prompts(request, tokenizer), request.params, tokenizer=tokenizer, stream=printer, driver=driver)
+    codecs = driver.model.communicator.codecs
+    traffic = None if codecs is None else codecs.traffic
     if request.json:
-        report_json(request, results, load_s)
+        report_json(request, results, load_s, traffic)
     report_speed(request, results)
-    packed = driver.model.communicator.codecs
-    if packed is not None and packed.traffic.sites:
-        print(f"codec, on rank 0: {packed.traffic.summary()}", file=sys.stderr, flush=True)
+    if traffic is not None and traffic.sites:
+        print(f"codec, on rank 0: {traffic.summary()}", file=sys.stderr, flush=True)
 
 
 def in_own_ranks(request: Request) -> int:
