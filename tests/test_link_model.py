@@ -13,7 +13,7 @@ import torch
 from hetero_attn import cli
 from hetero_attn.collectives import algorithms, tuning
 from hetero_attn.collectives.choice import NARROW, NATIVE, WIDE, Choice, Fixed, Route, Table, from_json
-from hetero_attn.collectives.cost import CANDIDATES, CodecCost, LinkModel, Load, as_settings, fit, from_settings, load, predict
+from hetero_attn.collectives.cost import CANDIDATES, CodecCost, LinkModel, Load, as_settings, codings, fit, from_settings, load, predict
 from hetero_attn.collectives.link import Point, samples_of
 from hetero_attn.collectives.tuning import SIZES, Survey, from_profile
 from hetero_attn.collectives.wire import AHEAD_BYTES
@@ -70,6 +70,15 @@ def test_every_algorithm_has_a_load_for_every_operation():
             found = load(operation, algorithm, 5, 1000)
             assert found.hops >= 1 and found.messages >= 2 and found.nbytes + found.root_bytes > 0
             assert load(operation, algorithm, 1, 1000) == Load()
+
+
+def test_short_messages_feel_what_a_codec_costs_each_time():
+    """On a fast link a row is not worth packing and a prefill is; on a slow one both are."""
+    fast, codec = LinkModel(1e-5, 8 / 10e9, 8 / 10e9, 1e-5), CodecCost(1 / 8, 1e-11, 2e-5)
+    for link, nbytes, packed in ((fast, 1 << 12, False), (fast, 1 << 23, True), (SLOW, 1 << 14, True)):
+        plain = predict(link, "all_reduce", Route("one_shot"), 4, nbytes)
+        assert (predict(link, "all_reduce", Route("one_shot", "int4"), 4, nbytes, codec=codec) < plain) == packed
+    assert [codings(each, 4) for each in algorithms.CODED] == [5, 13, 7]
 
 
 def test_a_codec_shrinks_bytes_and_costs_time():

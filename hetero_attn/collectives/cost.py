@@ -57,10 +57,17 @@ class LinkModel:
 
 
 class CodecCost(NamedTuple):
-    """A codec for the model: bytes on the wire for a byte of values, and seconds to encode or decode a byte of values."""
+    """A codec for the model: bytes on the wire for a byte of values, seconds to encode or decode a byte of values, and what each
+    encoding or decoding takes besides, whatever its length: short messages gain nothing by a codec on a fast link."""
 
     ratio: float
     byte_s: float
+    call_s: float = 0.0
+
+
+def codings(algorithm: str, world_size: int) -> int:
+    """How many payloads the busiest rank encodes and decodes in a coded sum."""
+    return {"one_shot": world_size + 1, "two_shot": 3 * world_size + 1, "star": world_size + 3}[algorithm]
 
 
 def load(operation: str, algorithm: str, world_size: int, nbytes: float, *, widening: float = 1.0, ratio: float = 1.0) -> Load:
@@ -117,7 +124,8 @@ def predict(
         return link.seconds(load(operation, route.algorithm, world_size, nbytes, widening=widening))
     if codec is None:
         raise ValueError(f"codec is {route.codec!r}, expected its CodecCost beside it")
-    return link.seconds(load(operation, route.algorithm, world_size, nbytes, ratio=codec.ratio), codec.byte_s)
+    seconds = link.seconds(load(operation, route.algorithm, world_size, nbytes, ratio=codec.ratio), codec.byte_s)
+    return seconds + codec.call_s * codings(route.algorithm, world_size)
 
 
 def fit(samples: Sequence[tuple[Load, float]]) -> LinkModel:

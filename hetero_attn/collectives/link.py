@@ -17,6 +17,7 @@ import torch
 
 from hetero_attn.collectives.choice import Fixed, Route
 from hetero_attn.collectives.codec import CALIBRATED, Calibration, Codecs
+from hetero_attn.collectives.coding import Coding
 from hetero_attn.collectives.cost import CANDIDATES, CodecCost, Load, load
 from hetero_attn.collectives.direct import Steps
 from hetero_attn.collectives.distributed import DistributedCommunicator
@@ -137,8 +138,11 @@ def chosen(communicator: DistributedCommunicator, route: Route) -> Iterator[None
 
 
 def codec_costs(rank: int, world_size: int, names: Sequence[str], calibration: Calibration | None = None) -> dict[str, CodecCost]:
-    """Bytes on the wire and seconds for a byte of fp32 by this rank's own kernels. The codec that needs a calibration is timed with its
-    first site's tables; without one, which comes with a model only, it is counted as the codec of as many bits that needs none."""
+    """Bytes on the wire and seconds, for a byte of fp32 and for any call, by this rank's own kernels.
+
+    The codec that needs a calibration is timed with its first site's tables; without one, which comes with a model only, it is counted as
+    the codec of as many bits that needs none.
+    """
     codecs, found = Codecs(rank, world_size), {}
     codecs.calibration = calibration
     for name in names:
@@ -146,15 +150,22 @@ def codec_costs(rank: int, world_size: int, names: Sequence[str], calibration: C
         if name == CALIBRATED and calibration is not None:
             site = next(iter(calibration.sites))
             width = calibration.sites[site].sum_scale.numel()
-        values = torch.linspace(-1.0, 1.0, max(1, CODEC_VALUES // width) * width)
-        coding = codecs.coding("int4_group32" if name == CALIBRATED and calibration is None else name, site, width, values.dtype)
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            coding.decode(coding.encode(values, 0), rank, 0, values.numel())
-            times.append(time.perf_counter() - began)
-        found[name] = CodecCost(coding.size(0, values.numel()) / values.nbytes, min(times) / 2 / values.nbytes)
+        coding = codecs.coding("int4_group32" if name == CALIBRATED and calibration is None else name, site, width, torch.float32)
+        short, long = (torch.linspace(-1.0, 1.0, count) for count in (64, max(1, CODEC_VALUES // width) * width))
+        call_s, whole_s = (_coding_seconds(coding, values, rank) for values in (short, long))
+        ratio = coding.size(0, long.numel()) / long.nbytes
+        found[name] = CodecCost(ratio, max(whole_s - call_s, 0.0) / long.nbytes, call_s)
     return found
+
+
+def _coding_seconds(coding: Coding, values: torch.Tensor, rank: int) -> float:
+    """Of an encoding or a decoding of these values, one with the other."""
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        coding.decode(coding.encode(values, 0), rank, 0, values.numel())
+        times.append(time.perf_counter() - began)
+    return min(times) / 2
 
 
 def measure_codecs(
@@ -162,7 +173,7 @@ def measure_codecs(
 ) -> dict[str, CodecCost]:
     """codec_costs() of the slowest rank; all ranks call it together."""
     own = codec_costs(communicator.rank, communicator.world_size, names, calibration)
-    return {name: CodecCost(cost.ratio, slowest(communicator, cost.byte_s)) for name, cost in own.items()}
+    return {name: CodecCost(cost.ratio, *(slowest(communicator, each) for each in cost[1:])) for name, cost in own.items()}
 
 
 def samples_of(world_size: int, pings: list[float], streams: list[tuple[int, float]], points: list[Point]) -> list[tuple[Load, float]]:

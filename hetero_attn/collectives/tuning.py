@@ -72,7 +72,7 @@ class Survey:
         widening = 2.0 if kind == NARROW and operation in CODED_OPERATIONS else 1.0
         codec = self.codecs.get(route.codec)
         if codec is not None and kind == NARROW:     # its numbers are for float32: there are two 16-bit values in as many bytes
-            codec = CodecCost(2 * codec.ratio, 2 * codec.byte_s)
+            codec = CodecCost(2 * codec.ratio, 2 * codec.byte_s, codec.call_s)
         return predict(self.link, operation, route, self.world_size, nbytes, widening=widening, codec=codec)
 
     def measured(self, operation: str, route: Route, nbytes: int) -> float | None:
@@ -279,7 +279,8 @@ def as_json(found: Survey, **allowed: str) -> dict[str, Any]:
                     "measured_ms": {name: round(seconds * 1e3, 4) for name, seconds in measured.items() if seconds},
                     "choice": found.best(operation, nbytes, kind, **allowed)._asdict(),
                 })
-    codecs = {name: {"bits": 32 * cost.ratio, "ns_per_value": 4e9 * cost.byte_s} for name, cost in found.codecs.items()}
+    codecs = {name: {"bits": 32 * cost.ratio, "ns_per_value": 4e9 * cost.byte_s, "call_us": 1e6 * cost.call_s}
+              for name, cost in found.codecs.items()}
     return {"world_size": found.world_size, "hosts": list(found.hosts), "link": as_settings(found.link), "codecs": codecs, "rows": rows}
 
 
@@ -291,8 +292,8 @@ def as_text(found: Survey, *, sizes: Sequence[int] = SIZES[::2], operations: Seq
         f"{found.world_size} ranks on {_hosts(found.hosts)}",
         f"latency {numbers['latency_ms']:g} ms, a rank's link {rate['bandwidth_mbps']}, into one rank {rate['root_mbps']}, "
         f"a message {numbers['message_ms']:g} ms, and {numbers['crowd_ms']:g} ms for each of all ranks' messages",
-        *(f"codec {name}: {32 * cost.ratio:.2f} bits a value, {4e9 * cost.byte_s:.2f} ns to pack or unpack one"
-          for name, cost in found.codecs.items()),
+        *(f"codec {name}: {32 * cost.ratio:.2f} bits a value; packing or unpacking takes {1e6 * cost.call_s:.0f} us and "
+          f"{4e9 * cost.byte_s:.2f} ns a value" for name, cost in found.codecs.items()),
         "float32; milliseconds as the model predicts them, [measured] where a run was timed; > marks the choice: the least of measured,",
         "or predicted times what the runs of the same algorithm beside it were off by",
     ]
