@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hetero_attn import cli
-from hetero_attn.collectives import algorithms, tuning
+from hetero_attn.collectives import algorithms, listing, tuning
 from hetero_attn.collectives.choice import NARROW, NATIVE, WIDE, Choice, Fixed, Route, Table, from_json
 from hetero_attn.collectives.cost import CANDIDATES, CodecCost, LinkModel, Load, as_settings, codings, fit, from_settings, load, predict
 from hetero_attn.collectives.link import Point, samples_of
@@ -221,7 +221,7 @@ def test_a_survey_survives_the_overlay():
     save_overlay(load_profile("cpu"), found.settings(), world_size=3)
     again = from_profile(load_profile("cpu", world_size=3).link, 3)
     assert again.hosts == found.hosts and again.points == points
-    assert again.table().to_json() == found.table().to_json() and tuning.as_text(again) == tuning.as_text(found)
+    assert again.table().to_json() == found.table().to_json() and listing.as_text(again) == listing.as_text(found)
     assert from_profile(load_profile("cpu", world_size=4).link, 4) is None                  # of another number of ranks
 
 
@@ -287,7 +287,7 @@ def test_tune_measures_writes_and_shows(capsys):
     assert found is not None and "overlay" in profile.origins["link.latency_ms"] and len(found.points) > 10
     assert cli.main(["tune", "--profile", "cpu", "--tp", "2", "--show"]) == 0
     shown = capsys.readouterr().out
-    assert shown.rstrip() == tuning.as_text(found).rstrip()
+    assert shown.rstrip() == listing.as_text(found).rstrip()
     for line in (line for line in shown.splitlines() if line.split(" ")[1:2] in (["B"], ["KiB"], ["MiB"])):
         assert line.count(">") == 1, "a choice in every row"
     assert cli.main(["tune", "--profile", "cpu", "--tp", "2", "--show", "--json"]) == 0

@@ -123,10 +123,10 @@ def show(profile: DeviceProfile, world_size: int, model: Path | None, device: st
 
 def report(found: Survey, profile: DeviceProfile, as_json: bool, facts: dict[str, Any]) -> None:
     """The table on stdout, for a person or as JSON."""
-    from hetero_attn.collectives import tuning
+    from hetero_attn.collectives import listing
 
     allowed = {"algorithm": profile.algorithm, "codec": profile.codec}
     if as_json:
-        print(json.dumps(tuning.as_json(found, **allowed) | facts))
+        print(json.dumps(listing.as_json(found, **allowed) | facts))
     else:
-        print(tuning.as_text(found, **allowed), flush=True)
+        print(listing.as_text(found, **allowed), flush=True)
