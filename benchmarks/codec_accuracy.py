@@ -9,13 +9,15 @@ differences are taken window by window, and their standard error is that of the 
 from __future__ import annotations
 
 import argparse
+import base64
 import dataclasses
+import hashlib
 import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 
 from hetero_attn.collectives.choice import Fixed, Route
 from hetero_attn.collectives.codec import Calibration, Codecs
-from hetero_attn.collectives.codec.calibration import BY_RANK, SiteRanges, total_range
+from hetero_attn.collectives.codec.calibration import BY_RANK, SiteRanges, from_bytes, total_range
 from hetero_attn.collectives.codec.features import OUTLIER_SHARE, outliers_of
 from hetero_attn.collectives.codec.measure import MovingRange
 from hetero_attn.communicator import Communicator
@@ -36,6 +38,7 @@ from hetero_attn.testing.ranks import on_ranks
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
 WINDOW, CHUNKS, CHUNK_TOKENS = 512, 256, 128
+PIECE = 8                                            # windows run by one set of ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +105,22 @@ def variants(calibration: Calibration, draws: int) -> Iterator[tuple[str, Route,
     yield "group-32 INT4, two-hop", twice("int4_group32"), calibration
 
 
-def in_rank(communicator: Communicator, given: Texts, draws: int) -> dict:
-    """name -> {losses: nats a token [runs][windows], bits, saturated}; the same on every rank."""
-    profile = load_profile("cpu")
+def calibrate_in_rank(communicator: Communicator, chunks: list[list[int]]) -> bytes:
+    """The calibration of examples/tiny-llama over these ranks, as Calibration.to_bytes() writes it; the same on every rank."""
     communicator.choice = Fixed(Route("one_shot"))
-    ranges = measure_ranges(load_model(TINY, profile, communicator=RangeObserver(communicator)), given.chunks)
-    model = load_model(TINY, profile, communicator=communicator)
+    ranges = measure_ranges(load_model(TINY, load_profile("cpu"), communicator=RangeObserver(communicator)), chunks)
+    return Calibration(communicator.world_size, ranges).to_bytes()
+
+
+def in_rank(communicator: Communicator, content: bytes, windows: list[list[int]], draws: int) -> dict:
+    """name -> {losses: nats a token [runs][windows], bits, saturated [runs]}; the same on every rank."""
+    communicator.choice = Fixed(Route("one_shot"))
+    model = load_model(TINY, load_profile("cpu"), communicator=communicator)
     found: dict[str, dict] = {}
-    for name, route, calibration in variants(Calibration(communicator.world_size, ranges), draws):
+    for name, route, calibration in variants(from_bytes(content), draws):
         communicator.choice, communicator.codecs.calibration = Fixed(route), calibration
         communicator.codecs.traffic.sites.clear()
-        losses = [window_loss(model, window) for window in given.windows]
+        losses = [window_loss(model, window) for window in windows]
         total = communicator.codecs.traffic.total()
         entry = found.setdefault(name, {"losses": [], "bits": total.bits_per_value or 16.0, "saturated": []})
         entry["losses"].append(losses)
@@ -230,6 +238,77 @@ def markdown(results: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+class Unfinished(Exception):
+    """Time was up before all windows had been run; what was run lies in the cache. The text says how much."""
+
+
+def measure(tp: int, windows: int, draws: int, cache: Path | None, until: float, progress: Callable[[str], None]) -> dict:
+    """One number of ranks -> a run as markdown() shows it, with its losses. In pieces of PIECE windows, kept in `cache` (None: nowhere).
+
+    until: no piece begins after this moment of time.monotonic(); what is missing then raises Unfinished. Raises RuntimeError with a rank's
+    traceback where one fails.
+    """
+    given = texts(windows)
+    found: dict[str, dict] = {}
+    begins = range(0, len(given.windows), PIECE)
+    content = kept(cache, f"calibration-tp{tp}")
+    for begin in begins:
+        some = given.windows[begin : begin + PIECE]
+        name = f"tp{tp}-draws{draws}-of{windows}-{begin}-{begin + len(some)}"
+        if (piece := kept(cache, name)) is None:
+            if time.monotonic() > until:
+                raise Unfinished(f"TP={tp}: {begin} of {len(given.windows)} windows are done; run it again with the same cache")
+            if content is None:
+                progress(f"accuracy, TP={tp}: calibration on {len(given.chunks)} chunks")
+                content = base64.b64encode(first_result(calibrate_in_rank, (given.chunks,), tp)).decode()
+                keep(cache, f"calibration-tp{tp}", content)
+            progress(f"accuracy, TP={tp}: windows {begin} to {begin + len(some)} of {len(given.windows)}, {draws} random draws")
+            piece = first_result(in_rank, (base64.b64decode(content), some, draws), tp)
+            keep(cache, name, piece)
+        for variant, entry in piece.items():
+            whole = found.setdefault(variant, {"losses": [[] for _ in entry["losses"]], "bits": entry["bits"], "shares": []})
+            for all_of_run, more in zip(whole["losses"], entry["losses"]):
+                all_of_run += more
+            whole["shares"].append((len(some), sum(entry["saturated"]) / len(entry["saturated"])))
+    for entry in found.values():
+        shares = entry.pop("shares")
+        entry["saturated"] = [sum(count * share for count, share in shares) / sum(count for count, _ in shares)]
+    return {"tp": tp, "windows": len(given.windows), "chunks": len(given.chunks), "rows": rows_of(found), "verdicts": verdicts(found)}
+
+
+def first_result(fn: Callable, args: tuple, ranks: int):
+    """fn in every rank: rank 0's result. Raises RuntimeError with the first failed rank's traceback."""
+    outcomes = on_ranks(fn, args, ranks, collective_timeout_s=120.0, timeout_s=3600.0)
+    failed = next((outcome for outcome in outcomes if outcome.error), None)
+    if failed:
+        raise RuntimeError(failed.traceback or failed.text)
+    return outcomes[0].result
+
+
+def stamp() -> str:
+    """A digest of what the losses depend on: the model, the codecs' and this measurement's text. A piece of another is not reused."""
+    sources = [TINY / "model.safetensors", Path(__file__), *sorted((ROOT / "hetero_attn" / "collectives" / "codec").glob("*.py"))]
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept(cache: Path | None, name: str):
+    """What keep() wrote under this name, None where it did not (or for other sources)."""
+    file = cache and cache / f"{stamp()}-{name}.json"
+    return json.loads(file.read_text()) if file and file.exists() else None
+
+
+def keep(cache: Path | None, name: str, value) -> None:
+    """Write it whole or not at all."""
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        part = cache / f".{name}.part"
+        part.write_text(json.dumps(value))
+        part.rename(cache / f"{stamp()}-{name}.json")
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="loss of examples/tiny-llama through the low-bit codecs")
     parser.add_argument("--tp", type=int, nargs="*", default=[4, 8], metavar="N", help="numbers of ranks (4 8)")
@@ -237,19 +316,25 @@ def main(argv=None) -> int:
     parser.add_argument("--draws", type=int, default=20, help="draws of the random set (20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables here too")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what is done here, and take from it what was done before")
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="S",
+                        help="begin nothing after S seconds; exit code 3 where something is left for another run with the same --cache")
     args = parser.parse_args(argv)
-    given = texts(args.windows)
+    for name in ("windows", "draws"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
+    until = time.monotonic() + args.limit
     machine = f"{platform.machine()}, torch {torch.__version__}"
     results = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "stress": stress(), "runs": []}
-    for tp in args.tp:
-        outcomes = on_ranks(in_rank, (given, args.draws), tp, collective_timeout_s=120.0, timeout_s=3600.0)
-        failed = next((outcome for outcome in outcomes if outcome.error), None)
-        if failed:
-            print(failed.traceback or failed.text, file=sys.stderr)
-            return 1
-        found = outcomes[0].result
-        results["runs"].append({"tp": tp, "windows": len(given.windows), "chunks": len(given.chunks), "rows": rows_of(found),
-                                "verdicts": verdicts(found)})
+    try:
+        for tp in args.tp:
+            results["runs"].append(measure(tp, args.windows, args.draws, args.cache, until, lambda text: print(text, file=sys.stderr)))
+    except Unfinished as error:
+        print(error, file=sys.stderr)
+        return 3
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     text = markdown(results)
     print(text)
     if args.out:

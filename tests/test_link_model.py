@@ -14,6 +14,7 @@ from hetero_attn import cli
 from hetero_attn.collectives import algorithms, listing, tuning
 from hetero_attn.collectives.choice import NARROW, NATIVE, WIDE, Choice, Fixed, Route, Table, from_json
 from hetero_attn.collectives.cost import CANDIDATES, CodecCost, LinkModel, Load, as_settings, codings, fit, from_settings, load, predict
+from hetero_attn.collectives.direct import RUNS_MOST
 from hetero_attn.collectives.link import Point, samples_of
 from hetero_attn.collectives.tuning import SIZES, Survey, from_profile
 from hetero_attn.collectives.wire import AHEAD_BYTES
@@ -59,9 +60,22 @@ def test_all_ranks_messages_are_counted():
 
 
 def test_long_messages_are_not_received_ahead():
-    short, long = (load("all_reduce", "one_shot", 4, nbytes).hops for nbytes in (AHEAD_BYTES, AHEAD_BYTES + 1))
+    whole = AHEAD_BYTES * RUNS_MOST                  # one_shot cuts a payload into runs
+    short, long = (load("all_reduce", "one_shot", 4, nbytes).hops for nbytes in (whole, whole + 8))
     assert (short, long) == (1, 2)
+    assert load("all_reduce", "star", 4, AHEAD_BYTES).hops == 2 and load("all_reduce", "star", 4, AHEAD_BYTES + 4).hops == 3
     assert load("all_reduce", "two_shot", 4, 4 * AHEAD_BYTES).hops == 2 and load("all_reduce", "two_shot", 4, 4 * AHEAD_BYTES + 4).hops == 3
+
+
+def test_a_root_sees_to_messages_while_bytes_pass():
+    """Of its two the longer counts; where all send at once both do."""
+    link = LinkModel(1e-3, 8 / 300e6, 8 / 300e6, 2e-4)
+    for nbytes in (1 << 8, 1 << 20):
+        found = load("all_reduce", "star", 8, nbytes)
+        parts = found.root_bytes * link.root_byte_s, found.messages * link.message_s
+        assert link.seconds(found) == pytest.approx(found.hops * 1e-3 + max(parts))
+    both = load("all_reduce", "one_shot", 8, 1 << 12)
+    assert link.seconds(both) == pytest.approx(1e-3 + both.nbytes * link.byte_s + both.messages * 2e-4)
 
 
 def test_every_algorithm_has_a_load_for_every_operation():

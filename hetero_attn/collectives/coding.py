@@ -16,9 +16,11 @@ PARTIAL, SUM = "partial", "sum"                      # what a payload holds: one
 
 
 class Coding:
-    """Values of one call to bytes and back. `lossless`: decode gives back what was encoded, so a rank need not read its own payload."""
+    """Values of one call to bytes and back. `lossless`: decode gives back what was encoded, so a rank need not read its own payload.
+    grain: runs that begin at multiples of so many values take no more bytes, and become the same values, as one long run."""
 
     lossless = False
+    grain = 1
 
     def size(self, first: int, count: int, stage: str = PARTIAL) -> int:
         """How many bytes `count` > 0 values from `first` on take; every rank must find the same."""

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from hetero_attn.collectives.coding import SUM, Coding
-from hetero_attn.collectives.wire import Arrival, Pending, Wire, received, release
+from hetero_attn.collectives.wire import AHEAD_BYTES, Arrival, Pending, Wire, received, release
 from hetero_attn.communicator import shard_counts
 
+RUNS_MOST = 8                                        # of one payload: each costs what a message costs
 Steps = Generator[Any, None, Any]                    # yields work objects, returns the operation's result
 Expected = dict[int, Arrival]                        # sender -> its message
 
@@ -26,16 +27,28 @@ def starts(counts: list[int]) -> list[int]:
 
 
 def one_shot(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:
-    """Sum flat [n] over the ranks into flat."""
-    count = flat.numel()
-    arrivals = {peer: wire.expect(peer, coding.size(0, count)) for peer in wire.peers}
-    own = coding.encode(flat, 0)
-    works = [wire.send(own, peer) for peer in wire.peers]
+    """Sum flat [n] over the ranks into flat. A long one travels in runs: a run is summed while those behind it are on their way, which
+    hides all of the coding and adding but the last run's (512 rows of 4096 in 4 bits, 2 ranks, 300 Mbit/s: 41 -> 35 ms)."""
+    counts = runs_of(coding, flat.numel())
+    first, runs = starts(counts), flat.split(counts)
+    arrivals = [{peer: wire.expect(peer, coding.size(at, count)) for peer in wire.peers} for at, count in zip(first, counts)]
+    own, works = [], []
+    for run, at in zip(runs, first):
+        own.append(coding.encode(run, at))
+        works.append([wire.send(own[-1], peer) for peer in wire.peers])
     wire.replenish()
-    yield Pending(received(arrivals.values()) + works)
-    payloads = {wire.rank: own} | {peer: arrival.payload for peer, arrival in arrivals.items()}
-    flat.copy_(coding.total([payloads[rank] for rank in range(wire.world_size)], 0, count, flat.dtype))
-    release(arrivals.values())
+    for run, at, coming, mine, sent in zip(runs, first, arrivals, own, works):
+        yield Pending(received(coming.values()) + sent)
+        payloads = {wire.rank: mine} | {peer: arrival.payload for peer, arrival in coming.items()}
+        run.copy_(coding.total([payloads[rank] for rank in range(wire.world_size)], at, run.numel(), flat.dtype))
+        release(coming.values())
+
+
+def runs_of(coding: Coding, count: int) -> list[int]:
+    """How many values go into each message of a long payload: runs of about AHEAD_BYTES, RUNS_MOST at most, none cut within a grain."""
+    runs = min(RUNS_MOST, -(-coding.size(0, count) // AHEAD_BYTES))
+    each = -(-count // (runs * coding.grain)) * coding.grain
+    return [each] * (count // each) + ([count % each] if count % each else [])
 
 
 def two_shot(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:

@@ -34,7 +34,7 @@ from hetero_attn.profile import DeviceProfile
 SIZES = tuple(1 << exponent for exponent in range(8, 25))              # 256 bytes to 16 MiB, a row of the table each
 CODED_OPERATIONS = ("all_reduce", "reduce_scatter")                    # what carries partial sums
 CALIBRATED = (("one_shot", 1 << 8), ("two_shot", 1 << 8), ("star", 1 << 8), ("ring", 1 << 8),
-              ("one_shot", 1 << 17), ("two_shot", 1 << 17), ("star", 1 << 17))
+              ("one_shot", 1 << 17), ("two_shot", 1 << 17), ("star", 1 << 16))
 CLOSE_CALL = 1.6                                     # candidates predicted within this factor of the best are put to the clock
 PROMISING = 3                                        # ... but no more than so many
 
@@ -50,7 +50,7 @@ class Effort(NamedTuple):
     always: tuple[tuple[str, int], ...] = ()
 
 
-QUICK = Effort(3, 0.06, (("all_reduce", 1 << 13), ("all_reduce", 1 << 15), ("all_reduce", 1 << 16)), 0.8)
+QUICK = Effort(3, 0.1, (("all_reduce", 1 << 13), ("all_reduce", 1 << 15), ("all_reduce", 1 << 16)), 0.8)
 THOROUGH = Effort(15, 0.5, tuple(
     (operation, size) for size in (1 << 8, 1 << 11, 1 << 13, 1 << 15, 1 << 16, 1 << 18, 1 << 20, 1 << 22) for operation in OPERATIONS
     if operation != "broadcast"                      # its root runs ahead of the others, which is not the time until all have it

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hetero_attn.collectives.codec.definition import TorchKernels, features_size, groups_size
+from hetero_attn.collectives.codec.definition import GROUP, TorchKernels, features_size, groups_size
 from hetero_attn.collectives.codec.features import FeatureTable
 from hetero_attn.collectives.codec.traffic import Traffic
 from hetero_attn.collectives.coding import PARTIAL, SUM, Coding
@@ -116,7 +116,7 @@ class GroupCoding(LossyCoding):
 
     def __init__(self, bits: int, *call) -> None:
         super().__init__(*call)
-        self.bits, self.name = bits, f"int{bits}_group32"
+        self.bits, self.name, self.grain = bits, f"int{bits}_group32", GROUP
 
     def body_size(self, first: int, count: int, stage: str) -> int:
         return groups_size(count, self.bits)
@@ -135,7 +135,7 @@ class OutlierCoding(LossyCoding):
 
     def __init__(self, tables: Sequence[FeatureTable], sums: FeatureTable, *call) -> None:
         super().__init__(*call)
-        self._tables, self._sums = tables, sums
+        self._tables, self._sums, self.grain = tables, sums, sums.features
 
     def _table(self, sender: int, stage: str) -> FeatureTable:
         return self._sums if stage == SUM else self._tables[sender]
