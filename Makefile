@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu prove-links schema table build wheel wheel-prebuilt clean
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives prove-links schema table build wheel wheel-prebuilt clean
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -52,6 +52,9 @@ bench-dispatch: $(VENV)/.dev   ## what a call costs beyond the kernel (bound: 10
 
 bench-cpu: $(VENV)/.bench      ## the cpu backend beside its peers and the machine's limits (8 minutes; BENCH="--quick --only linear")
 	$(BIN)/python benchmarks/cpu_attention.py $(BENCH)
+
+bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the cost model (6 minutes, accuracy 30 more; BENCH="--without accuracy")
+	$(BIN)/python benchmarks/collectives.py $(BENCH)
 
 prove-links:               ## emulated 300 Mbit/s, 1 ms links between 4 ranks (root only): what they measure to be
 	$(PYTHON) benchmarks/links.py --ranks 4 --rate 300 --delay 1 --prove
