@@ -18,9 +18,7 @@ import codec_accuracy  # noqa: E402
 from collectives import accuracy, bars, emulated, one_host, openmpi, payload, plots, report, stress  # noqa: E402
 
 from hetero_attn.collectives.codec import Codecs  # noqa: E402
-from hetero_attn.collectives.coding import Plain  # noqa: E402
-from hetero_attn.collectives.direct import RUNS_MOST, runs_of  # noqa: E402
-from hetero_attn.collectives.wire import AHEAD_BYTES  # noqa: E402
+from hetero_attn.collectives.direct import runs_of  # noqa: E402
 from hetero_attn.parallel.launch import run_ranks  # noqa: E402
 
 MACHINE = {"date": "2026-01-01 00:00 UTC", "processor": "any", "family": "1", "cores": 2, "threads": 1, "load": 0.1, "level": "AVX2",
@@ -45,7 +43,9 @@ def test_nine_predictions_of_ten():
     assert not bars.predictions([]).passed           # nothing measured is nothing shown
 
 
-@pytest.mark.parametrize(("algorithm", "ranks", "times"), [("one_shot", 2, 1), ("one_shot", 4, 3), ("two_shot", 2, 1), ("two_shot", 4, 1.5)])
+@pytest.mark.parametrize(("algorithm", "ranks", "times"), [
+    ("one_shot", 2, 1), ("one_shot", 4, 3), ("two_shot", 2, 1), ("two_shot", 4, 1.5),
+])
 def test_bits_are_of_one_copy_of_a_value(algorithm, ranks, times):
     values = 4096
     assert bars.bits_per_value(2 * values * times, values, algorithm, ranks) == 16.0
@@ -61,17 +61,6 @@ def test_durations_read_well(value, text):
 # ---- what travels
 
 
-def test_a_payload_is_cut_into_runs_of_its_grain():
-    assert runs_of(Plain(torch.float32), 100) == [100]
-    whole = AHEAD_BYTES // 4
-    assert runs_of(Plain(torch.float32), 2 * whole) == [whole, whole]
-    for coding in (Plain(torch.float32), Codecs(0, 2).coding("int4_group32", "s", 100, torch.float32)):
-        for count in (1, 31, 100_003, 5_000_001):
-            runs = runs_of(coding, count)
-            assert sum(runs) == count and min(runs) > 0 and len(runs) <= RUNS_MOST
-            assert all(run % coding.grain == 0 for run in runs[:-1])
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_runs_take_no_more_bytes_than_the_whole(ranks):
     """A prefill's sum in 4 bits, cut as one_shot cuts it: within the bar, as one long payload is, but for a status byte a run."""
@@ -83,16 +72,6 @@ def test_runs_take_no_more_bytes_than_the_whole(ranks):
     nbytes = sum(coding.size(first, run) for first, run in zip(firsts, runs))
     assert len(runs) > 1 and nbytes == coding.size(0, count) + len(runs) - 1
     assert bars.bits("", bars.bits_per_value((ranks - 1) * nbytes, count, "one_shot", ranks)).passed
-
-
-def test_runs_hold_the_values_of_the_whole():
-    codecs, x = Codecs(0, 2), payload.summand(0)[:16].flatten()
-    codecs.calibration = payload.calibration(2)
-    for name in (payload.CODEC, "int4_group32"):
-        coding = codecs.coding(name, payload.SITE, payload.HIDDEN, torch.bfloat16)
-        whole, cut = coding.decode(coding.encode(x, 0), 0, 0, x.numel()), 5 * payload.HIDDEN
-        parts = [coding.decode(coding.encode(x[at:end], at), 0, at, end - at) for at, end in ((0, cut), (cut, x.numel()))]
-        assert torch.equal(torch.cat(parts), whole)
 
 
 # ---- the accuracy's pieces
