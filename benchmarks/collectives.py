@@ -77,6 +77,8 @@ def main() -> int:
             continue
         try:
             results[part] = steps[part]()
+            for line in results[part].verdicts():
+                progress(f"  {line}")
         except (LinksError, RankError, RuntimeError) as error:       # the other parts' figures are worth keeping
             skipped[part], failed = f"failed: {str(error).splitlines()[0]}", True
             print(error, file=sys.stderr)

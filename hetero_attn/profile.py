@@ -46,7 +46,7 @@ class DeviceProfile:
                                         **BACKEND_NAME)
     awaits: tuple[str, ...] = setting("Backends this device wants that do not exist yet; shown as absent", default=(), **BACKEND_NAME)
     communicators: tuple[str, ...] = setting("Communicators in order of preference", default=("distributed",), **BACKEND_NAME)
-    algorithm: Literal["auto", "native", "one_shot", "two_shot", "star", "ring", "tree"] = setting(
+    algorithm: Literal["auto", "native", "one_shot", "two_shot", "star", "ring", "tree", "doubling"] = setting(
         "Algorithm of collectives over torch.distributed: native = its own; auto = chosen for each size of message from the measured link, "
         "native on one host", default="auto")
     codec: Literal["none", "auto", "int8_group32", "int4_group32", "int4_outliers"] = setting(

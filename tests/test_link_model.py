@@ -37,6 +37,7 @@ def own_config(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("algorithm", "milliseconds"), [
     ("one_shot", {2: 1.9, 4: 3.6, 8: 7.1}), ("two_shot", {2: 2.9, 4: 3.3, 8: 3.5}), ("star", {2: 3.7, 4: 7.2, 8: 14.2}),
     ("ring", {2: 2.9, 4: 7.3, 8: 15.5}), ("tree", {2: 3.75, 4: 7.5, 8: 11.2}),
+    ("doubling", {2: 1.9, 3: 5.6, 4: 3.7, 8: 5.6}),
 ])
 def test_the_formulas_by_hand(algorithm, milliseconds):
     """TPI-LLM's formulas with a row of 32 KiB on 300 Mbit/s and 1 ms, where a message costs nothing."""
@@ -47,7 +48,7 @@ def test_the_formulas_by_hand(algorithm, milliseconds):
 def test_messages_and_widening_are_counted():
     costly = LinkModel(0.0, 0.0, 0.0, 1e-3)
     counts = {each: round(predict(costly, "all_reduce", Route(each), 8, ROW) * 1e3) for each in CANDIDATES["all_reduce"]}
-    assert counts == {"one_shot": 14, "two_shot": 28, "star": 14, "ring": 28, "tree": 12, NATIVE: 28}
+    assert counts == {"one_shot": 14, "two_shot": 28, "star": 14, "ring": 28, "tree": 12, "doubling": 6, NATIVE: 28}
     wide, narrow = (load("all_reduce", "ring", 4, 4000, widening=widening).nbytes for widening in (1.0, 2.0))
     assert (wide, narrow) == (6000, 9000)            # half the way at four bytes instead of two
     assert load("all_reduce", "two_shot", 4, 4000) == load("all_reduce", "two_shot", 4, 4000, widening=2.0)
@@ -56,7 +57,7 @@ def test_messages_and_widening_are_counted():
 def test_all_ranks_messages_are_counted():
     crowded = LinkModel(0.0, 0.0, 0.0, 0.0, 1e-3)
     counts = {each: round(predict(crowded, "all_reduce", Route(each), 8, ROW) * 1e3) for each in CANDIDATES["all_reduce"]}
-    assert counts == {"one_shot": 112, "two_shot": 224, "star": 28, "ring": 224, "tree": 28, NATIVE: 224}
+    assert counts == {"one_shot": 112, "two_shot": 224, "star": 28, "ring": 224, "tree": 28, "doubling": 48, NATIVE: 224}
 
 
 def test_long_messages_are_not_received_ahead():

@@ -22,9 +22,9 @@ from hetero_attn.collectives.choice import NATIVE, PLAIN, Route
 from hetero_attn.collectives.direct import RUNS_MOST
 from hetero_attn.collectives.wire import AHEAD_BYTES
 
-# What is worth considering; two_shot's reduce_scatter and all_gather are one_shot's.
+# What is worth considering; two_shot's and doubling's reduce_scatter and all_gather are one_shot's.
 CANDIDATES = {
-    "all_reduce": ("one_shot", "two_shot", "star", "ring", "tree", NATIVE),
+    "all_reduce": ("one_shot", "two_shot", "star", "ring", "tree", "doubling", NATIVE),
     "reduce_scatter": ("one_shot", "star", "ring", "tree", NATIVE),
     "all_gather": ("one_shot", "star", "ring", "tree", NATIVE),
     "broadcast": ("one_shot", "two_shot", "ring", "tree", NATIVE),
@@ -84,6 +84,8 @@ def load(operation: str, algorithm: str, world_size: int, nbytes: float, *, wide
         return Load()
     levels = others.bit_length()                     # ceil(log2 N): the children of a tree's root
     depth = max(rank.bit_count() for rank in range(world_size))        # and how far the furthest rank is from it
+    steps = world_size.bit_length() - 1              # of doubling, and whether ranks beyond a power of two have one before and one after
+    folded = world_size != 1 << steps
     packed, coded = whole * ratio, ratio != 1.0
     found = {
         ("all_reduce", "one_shot"): Load(1, others * packed, 0, 2 * others, coded * (world_size + 1) * whole),
@@ -91,6 +93,8 @@ def load(operation: str, algorithm: str, world_size: int, nbytes: float, *, wide
         ("all_reduce", "star"): Load(2, 0, 2 * others * packed, 2 * others, coded * (world_size + 2) * whole),
         ("all_reduce", "ring"): Load(2 * others, others * share * (1 + widening), 0, 4 * others),
         ("all_reduce", "tree"): Load(2 * depth, levels * whole * (1 + widening), 0, 2 * (levels + depth)),
+        ("all_reduce", "doubling"): Load(steps + 2 * folded, whole * (steps * widening + folded * (1 + widening)), 0,
+                                         2 * (steps + folded)),
         ("all_reduce", NATIVE): Load(4 * others, 2 * others * share, 0, 4 * others),
         ("reduce_scatter", "one_shot"): Load(1, others * share * ratio, 0, 2 * others, coded * 2 * whole),
         ("reduce_scatter", "star"): Load(2, 0, others * (packed + share * ratio), 2 * others, coded * (world_size + 2) * whole),
@@ -108,15 +112,15 @@ def load(operation: str, algorithm: str, world_size: int, nbytes: float, *, wide
         ("broadcast", "tree"): Load(depth, levels * whole, 0, levels + depth),
         ("broadcast", NATIVE): Load(2 * depth, levels * whole, 0, levels + depth),
     }
-    asked = (operation, "one_shot" if algorithm == "two_shot" and operation in ("reduce_scatter", "all_gather") else algorithm)
-    if operation == "broadcast" and algorithm == "star":
-        asked = (operation, "one_shot")
+    nearest = {("broadcast", "star"): "one_shot", ("broadcast", "doubling"): "tree"}
+    nearest |= {(each, name): "one_shot" for each in ("reduce_scatter", "all_gather") for name in ("two_shot", "doubling")}
+    asked = (operation, nearest.get((operation, algorithm), algorithm))
     each = share if algorithm in ("two_shot", "ring") or operation in ("reduce_scatter", "all_gather") else whole
     if asked == ("all_reduce", "one_shot"):
         each = whole / RUNS_MOST                     # what a run's message costs is hidden behind the bytes of the others
     late = algorithm != NATIVE and each * ratio > AHEAD_BYTES            # receives of long messages are posted as the call begins
     # Where all pairs talk, or neighbours in step, every rank is as busy as the busiest; in a star or a tree each message has two ends.
-    everywhere = (asked[1] in ("one_shot", "two_shot", "ring", NATIVE) and operation != "broadcast") or asked[1] == "two_shot"
+    everywhere = (asked[1] in ("one_shot", "two_shot", "ring", "doubling", NATIVE) and operation != "broadcast") or asked[1] == "two_shot"
     ends = world_size * found[asked].messages if everywhere else (2 if operation == "broadcast" else 4) * others
     return found[asked]._replace(hops=found[asked].hops + late, crowd=ends)
 

@@ -12,7 +12,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ def _survey(communicator: DistributedCommunicator, hosts: Sequence[str], effort:
     pings = measure_pings(communicator, effort.repeats)
     streams = measure_streams(communicator)
     timed = partial(measure, communicator, repeats=effort.repeats, limit_s=effort.limit_s)
-    points = [timed("all_reduce", nbytes, Route(algorithm)) for algorithm, nbytes in CALIBRATED]
+    points = better_of_two(timed, [("all_reduce", nbytes, algorithm, PLAIN) for algorithm, nbytes in CALIBRATED])
     model = fit(samples_of(world, pings, streams, points))
     points += [timed("all_reduce", nbytes, Route(algorithm)) for algorithm, nbytes in effort.always]
     found = Survey(world, tuple(hosts), model, tuple(points))
@@ -163,14 +163,18 @@ def _survey(communicator: DistributedCommunicator, hosts: Sequence[str], effort:
     for nearest in (PROMISING, 1, 1):                # first the candidates near the top, then what looks best after correction
         began = time.perf_counter()
         jobs = share_json(communicator, jobs_of(found, effort, nearest, left_s))
-        tries = [timed(operation, nbytes, Route(*route)) for _ in range(2) for operation, nbytes, *route in jobs]
-        # Twice at some distance, and the better one counts: what disturbs a machine lasts longer than a few calls.
-        points += [min(pair, key=lambda point: point.seconds) for pair in zip(tries, tries[len(jobs):])]
+        points += better_of_two(timed, jobs)
         found = replace(found, points=tuple(points))
         left_s -= time.perf_counter() - began
         if not jobs:
             break
     return found
+
+
+def better_of_two(timed: Callable[..., Point], jobs: Sequence[tuple[str, int, str, str]]) -> list[Point]:
+    """Each job timed twice at some distance, and the better one counts: what disturbs a machine lasts longer than a few calls."""
+    tries = [timed(operation, nbytes, Route(*route)) for _ in range(2) for operation, nbytes, *route in jobs]
+    return [min(pair, key=lambda point: point.seconds) for pair in zip(tries, tries[len(jobs):])]
 
 
 def jobs_of(found: Survey, effort: Effort, nearest: int, left_s: float) -> list[tuple[str, int, str, str]]:
