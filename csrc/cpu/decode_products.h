@@ -53,6 +53,7 @@ struct Lookahead {
     template <class T> Lookahead(const T* const* p, int64_t n, int64_t width)
         : rows(reinterpret_cast<const void* const*>(p)), left(n), lines((width * (int64_t)sizeof(T) + 63) / 64) {}
     int64_t total() const { return left * lines - line; }
+    void fetch_all() { fetch(total()); }
     void fetch(int64_t count) {
         for (; count > 0 && left > 0; --count) {
             __builtin_prefetch(static_cast<const char*>(*rows) + line * 64, 0, 2);
