@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import needs_compiler
 
 from hetero_attn.testing.simt import ORDERS, Program, SimtError, run_ranks
-from native import needs_compiler
 
 SOURCE = Path(__file__).parent / "cuda" / "executor.cu"
 pytestmark = needs_compiler
@@ -168,7 +168,8 @@ def test_misaligned_accesses_are_faults(counted, width, in_shared):
 
 
 def test_regions_are_counted_apart(counted):
-    _, counts = reverse(counted, stride=32, blocks=1, threads=64, regions={"low": (0, 32 * 128), "high": (32 * 128, 64 * 128), "none": (1, 3)})
+    halves = {"low": (0, 32 * 128), "high": (32 * 128, 64 * 128), "none": (1, 3)}
+    _, counts = reverse(counted, stride=32, blocks=1, threads=64, regions=halves)
     low, high = counts.regions["low", "store"], counts.regions["high", "load"]
     assert (low.requests, low.conflicts, high.requests, high.conflicts) == (1, 31, 1, 31)
     assert counts.regions["none", "store"].requests == 0
@@ -239,7 +240,7 @@ def test_half_precision_rounds_as_torch_does(software):
 
 
 def test_arguments_are_checked(plain):
-    with pytest.raises(ValueError, match="kernel is 'reverze', executor.cu has reverse, "):
+    with pytest.raises(ValueError, match=r"kernel is 'reverze', executor\.cu has reverse, "):
         plain.launch("reverze", (1,), (32,), [])
     with pytest.raises(ValueError, match=r"grid is \(0,\), expected one to three sizes of at least 1"):
         plain.launch("reverse", (0,), (32,), [])

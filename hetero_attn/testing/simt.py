@@ -8,9 +8,11 @@ bounds, races between barriers) and counts bank conflicts, global-memory sectors
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hetero_attn.jit import Kernel, csrc_dir
+from hetero_attn.jit import Kernel, compiler_reason, csrc_dir
 
 ABI_VERSION = 1
 COUNTERS = ("mma", "shuffle", "vote", "syncwarp", "barrier", "special", "atomic", "switches")       # csrc/simt/runtime.h's Counter
@@ -157,8 +159,6 @@ class Program:
     @cached_property
     def kernel(self) -> Kernel:
         """The native object, for those who want to build many side by side."""
-        import hashlib
-
         digest = hashlib.sha256(repr([content for _, content in self._files]).encode()).hexdigest()[:24]
         flags = [f'-DSIMT_SOURCE="{self.path}"', f"-DSIMT_KERNELS={' '.join(f'SIMT_KERNEL({name})' for name in self.kernel_names)}",
                  f"-DSIMT_SOURCE_DIGEST={digest}", "-w", *processor_flags(), "-fno-strict-aliasing"]
@@ -177,7 +177,7 @@ class Program:
         kind = "-counted" * self.counted + "-asan" * self.sanitize
         settings = "".join(f"-{value}" for _, value in self.defines if re.fullmatch(r"\w+", str(value)))
         link = ("-fsanitize=address",) if self.sanitize else ("-fno-sanitize=thread",) if self.counted else ()      # without its library
-        return _ProgramKernel(f"simt-{Path(self.source).stem}{settings}{kind}"[:100], ("simt/program.cpp",), flags=tuple(flags),
+        return Kernel(f"simt-{Path(self.source).stem}{settings}{kind}"[:100], ("simt/program.cpp",), flags=tuple(flags),
                               link_flags=link, include_dirs=self._include_dirs, abi_version=ABI_VERSION, used_here=False)
 
     @cached_property
@@ -224,8 +224,41 @@ class Program:
         return Counts(dict(zip(COUNTERS, counters)), by_kind, by_region if self.counted else {})
 
 
-class _ProgramKernel(Kernel):
-    """A Kernel whose object also depends on the .cu, which the compiler finds through a macro: its digest stands among the flags."""
+class SimtLauncher:
+    """A backend's launcher that runs its CUDA kernels here, on CPU tensors: planning, checks and kernels are the device's own.
+
+    order, counted, sanitize: as Program and launch() take them. texts: source path -> text in its place (seeded faults), written to `folder`.
+    `launched` keeps what was launched last, newest at the end: (function, Counts).
+    """
+
+    device = "cpu"
+
+    def __init__(self, *, order: int = 0, counted: bool = False, sanitize: bool = False, workers: int | None = None,
+                 texts: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
+        self.order, self.counted, self.sanitize, self.workers = order, counted, sanitize, workers
+        self.texts, self.folder = dict(texts or {}), folder
+        self.regions: dict[str, tuple[int, int]] = {}
+        self.launched: deque[tuple[str, Counts]] = deque(maxlen=64)
+        self._programs: dict[Any, Program] = {}
+
+    def unavailable_reasons(self) -> list[str]:
+        reason = compiler_reason()
+        return [f"the executor needs a C++ compiler: {reason}"] if reason else []
+
+    def program(self, kernel: Any) -> Program:
+        """The program of a kernel: anything with source, function, name and defines."""
+        if kernel not in self._programs:
+            folder = None if self.folder is None else Path(self.folder) / kernel.name
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._programs[kernel] = Program(kernel.source, kernel.defines, counted=self.counted, sanitize=self.sanitize,
+                                             text=self.texts.get(kernel.source), folder=folder)
+        return self._programs[kernel]
+
+    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], shared_bytes: int, call: bytes, device: torch.device) -> None:
+        counts = self.program(kernel).launch(kernel.function, grid, block, [call], shared_bytes=shared_bytes, order=self.order,
+                                             workers=self.workers, regions=self.regions)
+        self.launched.append((kernel.function, counts))
 
 
 def run_ranks(launches: Sequence[Callable[[ctypes.c_int32], Any]], *, names: Sequence[str] | None = None) -> list[Any]:

@@ -1,0 +1,108 @@
+// FlashAttention forward for Volta: a block takes 16 * ROW_TILES * WARPS queries of one head against a range of keys.
+//
+// After FastAttention (arXiv 2410.16663), Volta: m8n8k4 tensor cores, and a shared-memory layout without operand conversion and without
+// bank conflicts in the main loop (fragments.cuh). Causal and window bounds skip whole tiles; only tiles that a bound cuts are masked.
+// Compile-time: HEAD_DIM (padded, a multiple of 32), KEYS a tile, WARPS, ROW_TILES of 16 a warp, Q_IN_REGISTERS, ONE_BUFFER, BLOCKS that share
+// a multiprocessor. tiling.py chooses them, with the shared-memory map: K, V tiles, weights of the warps, bad-key bits; Q lies over them
+// until it is in registers, or after them.
+// grid: (query tiles * splits, query heads, batch). Block: 32 * WARPS.
+#include "attend.cuh"
+
+constexpr int THREADS = 32 * WARPS, QUERIES = 16 * ROW_TILES * WARPS;
+using Group = Attend<THREADS>;
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_forward(const Call call) {
+  extern __shared__ __align__(16) unsigned short shared_memory[];
+  const int thread = int(threadIdx.x), lane = thread & 31, warp = thread >> 5;
+  const int head = int(blockIdx.y), b = int(blockIdx.z) + call.first_batch, kv_head = head / (call.q_heads / call.kv_heads);
+  const int tiles = (call.q_len + QUERIES - 1) / QUERIES, split = int(blockIdx.x) / tiles;
+  const int tile = tiles - 1 - int(blockIdx.x) % tiles;                        // under causality the last tiles have most to do: they start first
+  const Sequence s = sequence_of(call, b);
+  const int query = tile * QUERIES;
+  if (query >= s.q_len) return;
+
+  // keys that any, and that every, query of the block sees
+  const int last_query = min(query + QUERIES, s.q_len) - 1;
+  int first, end, whole_first, whole_last;
+  range_of(call, s, query, first, whole_last);
+  range_of(call, s, last_query, whole_first, end);
+  if (call.splits > 1) {                               // an equal share of whole tiles
+    const int share = (max(end - first, 0) + call.splits * KEYS - 1) / (call.splits * KEYS) * KEYS;
+    first += split * share;
+    end = min(end, first + share);
+  }
+
+  constexpr int BAD_AT = Memory::WEIGHTS_AT + WARPS * ROW_TILES * Memory::WEIGHTS, TILES_END = BAD_AT + 4 * Group::BAD_WORDS;
+  Memory memory;
+  memory.keys = shared_memory;
+  memory.values = shared_memory + Memory::VALUES_AT;
+  memory.weights = shared_memory + Memory::WEIGHTS_AT + warp * ROW_TILES * Memory::WEIGHTS;
+  memory.bad = reinterpret_cast<unsigned*>(shared_memory + BAD_AT);
+  unsigned short* q_tile = shared_memory + (Q_IN_REGISTERS ? 0 : TILES_END);
+
+  const bool dense = !call.cu_q;
+  const Rows queries = {call.q + (dense ? b * call.q_stride[0] : 0) + head * call.q_stride[1] + s.q_start * call.q_stride[2], call.q_stride[2], 0,
+                        nullptr, 1, int(call.q_stride[3]), call.head_dim, call.vector_q != 0};
+  const int* pages = call.table ? call.table + b * call.table_stride : nullptr;
+  const Rows keys = {call.k + (dense ? b * call.k_stride[0] : 0) + kv_head * call.k_stride[1] + s.k_start * call.k_stride[2], call.k_stride[2],
+                     call.k_stride[0], pages, call.page_size, int(call.k_stride[3]), call.head_dim, call.vector_k != 0};
+  const Rows values = {call.v + (dense ? b * call.v_stride[0] : 0) + kv_head * call.v_stride[1] + s.k_start * call.v_stride[2], call.v_stride[2],
+                       call.v_stride[0], pages, call.page_size, int(call.v_stride[3]), call.v_head_dim, call.vector_v != 0};
+
+#pragma unroll
+  for (int part = 0; part < QUERIES; part += 32) {     // a few registers at a time: nothing else is there to hide the latency yet
+    Staged<32, HEAD_DIM, THREADS> staged;
+    staged.load(queries, query + part, s.q_len, 0, thread);
+    staged.store(q_tile + part * ROW, thread);
+  }
+  __syncthreads();
+  Group group;
+  group.begin(q_tile + warp * 16 * ROW_TILES * ROW, lane);
+  if (Q_IN_REGISTERS) __syncthreads();                 // the tiles come where the queries were
+
+  Row rows[ROW_TILES][2];
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+    for (int v1 = 0; v1 < 2; v1++) rows[r][v1] = row_of(call, s, b, query + (warp * ROW_TILES + r) * 16 + sum_row(lane, v1), head);
+  group.run(call, s, rows, b, keys, values, memory, first, KEYS, end, whole_first, whole_last, thread);
+
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+    for (int v1 = 0; v1 < 2; v1++) {
+      const Row& row = rows[r][v1];
+      if (row.query >= s.q_len) continue;
+      float factor, lse;
+      close_row(call, head, call.splits == 1, group.maximum[r][v1], group.sum[r][v1], factor, lse);
+      if (group.spoiled[r][v1]) factor = __int_as_float(0x7fffffff);
+      const long long token = s.q_start + row.query;
+      if (call.splits > 1) {
+        const long long index = (long long)split * call.q_heads * call.total_q + (long long)head * call.total_q + (dense ? b * call.q_len : 0) + token;
+        if ((lane & 10) == 0) call.partial_lse[index] = lse;
+#pragma unroll
+        for (int f = 0; f < Group::FEATURE_TILES; f++)
+#pragma unroll
+          for (int v = 0; v < 4; v++) {
+            const int e = (v & 1) + 2 * v1 + 4 * (v >> 1);
+            call.partial_out[index * HEAD_DIM + 16 * f + sum_column(lane, e)] = group.out[r][f][e] * factor;
+          }
+        continue;
+      }
+      if (call.lse && (lane & 10) == 0) call.lse[b * call.lse_stride[0] + head * call.lse_stride[1] + token] = lse;
+      unsigned short* to = call.out + b * call.out_stride[0] + head * call.out_stride[1] + token * call.out_stride[2];
+#pragma unroll
+      for (int f = 0; f < Group::FEATURE_TILES; f++)
+#pragma unroll
+        for (int v2 = 0; v2 < 2; v2++) {
+          const int e = 2 * v1 + 4 * v2, feature = 16 * f + sum_column(lane, e);
+          const unsigned pair = pack_halves(group.out[r][f][e] * factor, group.out[r][f][e + 1] * factor);
+          if (call.vector_out && feature + 1 < call.v_head_dim) {
+            *reinterpret_cast<unsigned*>(to + feature) = pair;
+          } else {
+            if (feature < call.v_head_dim) to[feature * call.out_stride[3]] = (unsigned short)pair;
+            if (feature + 1 < call.v_head_dim) to[(feature + 1) * call.out_stride[3]] = (unsigned short)(pair >> 16);
+          }
+        }
+    }
+}
