@@ -137,7 +137,7 @@ class Cubin:
             return None
 
     def facts(self) -> dict[str, Any]:
-        """What ptxas said of the cubin that find() returns: registers, spill_bytes, stack_bytes, static_shared_bytes; {} if there is none."""
+        """What ptxas said of the cubin that find() returns (facts_of, and compiler, flags, seconds); {} if there is none."""
         path = self.find()
         return Artifacts(path.parent.parent, private=False).facts(self.name, self.digest) if path else {}
 

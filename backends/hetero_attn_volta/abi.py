@@ -15,11 +15,12 @@ MASK_KINDS = {None: 0, torch.bool: 1, torch.float16: 2, torch.float32: 3}       
 # (name, C type, how many), in call.h's order. A pointer is an address, or 0 for null.
 CALL = (
     *((name, "pointer", 1) for name in ("q", "k", "v", "out", "lse", "mask", "slopes", "sinks", "cu_q", "cu_k", "table", "lengths",
-                                        "partial_out", "partial_lse")),
+                                        "partial_out", "partial_rows")),
     *((name, "int64", 4) for name in ("q_stride", "k_stride", "v_stride", "out_stride", "mask_stride")),
     ("lse_stride", "int64", 2), ("slopes_stride", "int64", 2), ("table_stride", "int64", 1), ("total_q", "int64", 1),
-    *((name, "int32", 1) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim", "page_size", "left", "right",
-                                      "mask_kind", "first_batch", "splits", "partial_dim", "vector_q", "vector_k", "vector_v", "vector_out")),
+    *((name, "int32", 1) for name in (
+        "batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim", "page_size", "left", "right",
+        "mask_kind", "first_batch", "splits", "partial_dim", "vector_q", "vector_k", "vector_v", "vector_out")),
     ("scale", "float", 1), ("softcap", "float", 1),
 )
 _CODES = {"int32": "i", "int64": "q", "float": "f", "pointer": "Q"}

@@ -17,7 +17,7 @@ from hetero_attn_volta.launching import Launcher
 from hetero_attn_volta.tiling import Plan
 
 LARGEST, SMALLEST = 3.4028234663852886e38, 2.0**-126               # fp32's: what a scale or cap beyond becomes
-UNLIMITED, FARTHEST = -1, 1 << 30                                  # windows beyond any length
+FARTHEST = 1 << 30                                                 # a window beyond any length; -1 is unlimited
 BATCH_STEP = 65535                                                 # a grid is at most so many blocks deep
 
 
@@ -51,16 +51,17 @@ def attention(
     values |= further | {
         "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr(), "lse": 0 if lse is None else lse.data_ptr(),
         "batch": spec.batch, "q_heads": Hq, "kv_heads": spec.kv_heads, "q_len": spec.q_len, "kv_len": spec.kv_len,
-        "head_dim": spec.head_dim, "v_head_dim": Dv, "page_size": spec.page_size, "left": min(left, FARTHEST), "right": min(right, FARTHEST),
+        "head_dim": spec.head_dim, "v_head_dim": Dv, "page_size": spec.page_size,
+        "left": min(left, FARTHEST), "right": min(right, FARTHEST),
         "splits": plan.splits, "partial_dim": plan.variant.head_dim,
         "vector_q": _moves(q, 8), "vector_k": _moves(k, 8), "vector_v": _moves(v, 8), "vector_out": _moves(out, 2),
     } | _scalars(spec)
     if plan.splits > 1:
         rows = Hq * values["total_q"]
         partial_out = torch.empty((plan.splits, rows, plan.variant.head_dim), dtype=torch.float32, device=device)
-        partial_lse = torch.empty((plan.splits, rows), dtype=torch.float32, device=device)
-        values |= {"partial_out": partial_out.data_ptr(), "partial_lse": partial_lse.data_ptr()}
-        kept += [partial_out, partial_lse]
+        partial_rows = torch.empty((plan.splits, rows, 2), dtype=torch.float32, device=device)
+        values |= {"partial_out": partial_out.data_ptr(), "partial_rows": partial_rows.data_ptr()}
+        kept += [partial_out, partial_rows]
     kernel, (x, heads, batch) = source_of(plan.variant), plan.grid
     for first in range(0, batch, BATCH_STEP):
         grid = (x, heads, min(BATCH_STEP, batch - first))

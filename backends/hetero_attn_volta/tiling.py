@@ -130,7 +130,8 @@ class Plan:
 
     def __str__(self) -> str:
         splits = f", keys in {self.splits} splits" if self.splits > 1 else ""
-        return f"{self.variant.name}: grid {list(self.grid)} of {self.variant.threads} threads, {self.variant.shared_bytes} B shared{splits}"
+        variant = self.variant
+        return f"{variant.name}: grid {list(self.grid)} of {variant.threads} threads, {variant.shared_bytes} B shared{splits}"
 
 
 def padded(head_dim: int) -> int:
@@ -166,12 +167,12 @@ def cost(spec: AttentionSpec, variant: Variant, units: int) -> float:
 def tile_clocks(variant: Variant) -> dict[str, float]:
     """Clocks of a multiprocessor for one tile of keys of a forward block: on the tensor cores, and on shared memory; bound: the larger.
 
-    Every 8-byte access of a warp is two passes of 128 bytes: per 16 x 16 x 4 step one operand from a tile, shared by the row tiles.
+    Every 8-byte access of a warp is two passes of 128 bytes, a clock each: per 16 x 16 x 4 step one operand, shared by the row tiles.
     """
     warps, D, K, R = variant.warps, variant.head_dim, variant.keys, variant.row_tiles
     steps = warps * R * 2 * (K // 16) * (D // 4)                                           # m8n8k4 steps of a warp, both products
     operand_loads = warps * ((D // 4) * (K // 16) + (K // 4) * (D // 16))                  # K and V
     operand_loads += warps * R * (K // 4 + (0 if variant.q_in_registers else D // 4))      # P and Q
     stores = warps * R * 2 * (K // 16) + 2 * 2 * K * D // 8 // 32                          # P; K and V
-    clocks = {"tensor": steps * 1024 / TENSOR_FMA_PER_CLOCK, "shared": 2 * 32 * 8 // 2 / SHARED_BYTES_PER_CLOCK * (operand_loads + stores)}
+    clocks = {"tensor": steps * 1024 / TENSOR_FMA_PER_CLOCK, "shared": 32 * 8 / SHARED_BYTES_PER_CLOCK * (operand_loads + stores)}
     return {**clocks, "bound": max(clocks.values())}

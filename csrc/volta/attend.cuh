@@ -89,7 +89,6 @@ struct Attend {
       }
       if (ONE_BUFFER) meet();
       put(staged, memory.values, values, key, end, whole ? nullptr : bad, thread);
-      if (THREADS > 32) __syncwarp();                  // the weights are this warp's own affair, but shared memory all the same
       meet();
       if (key + stride < end) staged.load(keys, key + stride, end, 0, thread);
       add_values(memory, lane);

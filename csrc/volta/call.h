@@ -12,7 +12,7 @@ struct Call {
   const float *slopes, *sinks;             // slopes by their strides, sinks [q_heads]
   const int *cu_q, *cu_k;                  // [batch + 1]
   const int *table, *lengths;              // pages of a sequence [batch][table_stride], and its length [batch]
-  float *partial_out, *partial_lse;        // [splits][q_heads * total_q][partial_dim], [splits][q_heads * total_q]; only if splits > 1
+  float *partial_out, *partial_rows;       // [splits][q_heads * total_q][partial_dim], [splits][q_heads * total_q][2]; only if splits > 1
   long long q_stride[4], k_stride[4], v_stride[4], out_stride[4], mask_stride[4];
   long long lse_stride[2], slopes_stride[2];            // batch, head
   long long table_stride, total_q;

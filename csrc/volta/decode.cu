@@ -98,8 +98,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_decode(co
     float highest = -INFINITY_F, sum = 0.0f, factor, lse, spoil = 0.0f;
     for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, maxima[w * 16 + row]);
     for (int w = 0; w < WARPS; w++) {
-      if (maxima[w * 16 + row] != -INFINITY_F) sum += sums[w * 16 + row] * power_of_2((maxima[w * 16 + row] - highest) * LOG2_E);
-      if (maxima[w * 16 + row] != maxima[w * 16 + row]) sum = maxima[w * 16 + row];
+      if (sums[w * 16 + row] != 0.0f) sum += sums[w * 16 + row] * power_of_2((maxima[w * 16 + row] - highest) * LOG2_E);
       spoil += spoiled[w * 16 + row];
     }
     const int head = kv_head * group_size + (first_row + row) % group_size;
@@ -108,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_decode(co
     if (spoil > 0.0f) factor = __int_as_float(0x7fffffff);
     if (call.splits > 1) {
       const long long index = (long long)split * call.q_heads * call.total_q + (long long)head * call.total_q + (dense ? b * call.q_len : 0) + token;
-      if (lane == 0) call.partial_lse[index] = lse;
+      if (lane == 0) store_partial(call, index, highest, sum);
       for (int feature = lane; feature < HEAD_DIM; feature += 32)
         call.partial_out[index * HEAD_DIM + feature] = total[row * (HEAD_DIM + 8) + feature] * factor;
     } else {

@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_forward(c
       const long long token = s.q_start + row.query;
       if (call.splits > 1) {
         const long long index = (long long)split * call.q_heads * call.total_q + (long long)head * call.total_q + (dense ? b * call.q_len : 0) + token;
-        if ((lane & 10) == 0) call.partial_lse[index] = lse;
+        if ((lane & 10) == 0) store_partial(call, index, group.maximum[r][v1], group.sum[r][v1]);
 #pragma unroll
         for (int f = 0; f < Group::FEATURE_TILES; f++)
 #pragma unroll

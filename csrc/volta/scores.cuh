@@ -144,3 +144,10 @@ static __device__ __forceinline__ void close_row(const Call& call, int head, boo
   lse = total > 0.0f ? base + logf(total) : -INFINITY_F;
   if (sum != sum || maximum != maximum) factor = lse = sum + maximum;          // NaN that a row does see stays NaN
 }
+
+// What a split knows of a row besides its (normalised) output. The sum is kept apart from the maximum: under a mask of finfo.min their
+// logarithm's sum would round to the maximum.
+static __device__ __forceinline__ void store_partial(const Call& call, long long index, float maximum, float sum) {
+  call.partial_rows[2 * index] = maximum;
+  call.partial_rows[2 * index + 1] = sum;
+}

@@ -227,16 +227,15 @@ class Program:
 class SimtLauncher:
     """A backend's launcher that runs its CUDA kernels here, on CPU tensors: planning, checks and kernels are the device's own.
 
-    order, counted, sanitize: as Program and launch() take them. texts: source path -> text in its place (seeded faults), written to `folder`.
-    `launched` keeps what was launched last, newest at the end: (function, Counts).
+    order, counted, sanitize, workers, regions: as Program and launch() take them. root: where the sources are, in place of csrc/ (seeded
+    faults). `launched` keeps what was launched last, newest at the end: (function, Counts).
     """
 
     device = "cpu"
 
     def __init__(self, *, order: int = 0, counted: bool = False, sanitize: bool = False, workers: int | None = None,
-                 texts: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
-        self.order, self.counted, self.sanitize, self.workers = order, counted, sanitize, workers
-        self.texts, self.folder = dict(texts or {}), folder
+                 root: Path | None = None) -> None:
+        self.order, self.counted, self.sanitize, self.workers, self.root = order, counted, sanitize, workers, root
         self.regions: dict[str, tuple[int, int]] = {}
         self.launched: deque[tuple[str, Counts]] = deque(maxlen=64)
         self._programs: dict[Any, Program] = {}
@@ -247,13 +246,11 @@ class SimtLauncher:
 
     def program(self, kernel: Any) -> Program:
         """The program of a kernel: anything with source, function, name and defines."""
-        if kernel not in self._programs:
-            folder = None if self.folder is None else Path(self.folder) / kernel.name
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            self._programs[kernel] = Program(kernel.source, kernel.defines, counted=self.counted, sanitize=self.sanitize,
-                                             text=self.texts.get(kernel.source), folder=folder)
-        return self._programs[kernel]
+        key = kernel, self.counted, self.sanitize
+        if key not in self._programs:
+            source = kernel.source if self.root is None else self.root / kernel.source
+            self._programs[key] = Program(source, kernel.defines, counted=self.counted, sanitize=self.sanitize)
+        return self._programs[key]
 
     def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], shared_bytes: int, call: bytes, device: torch.device) -> None:
         counts = self.program(kernel).launch(kernel.function, grid, block, [call], shared_bytes=shared_bytes, order=self.order,
