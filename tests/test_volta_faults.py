@@ -70,9 +70,6 @@ FAULTS = {
     "a position within a page taken from the sequence": Fault(
         "staging.cuh", "(token - page * page_size) * token_stride", "token % 8 * token_stride",
         (replace(PLAIN, name="pages", sequences=((20, 75), (3, 9)), page_size=16),)),
-    "keys beyond the end not left out": Fault(
-        "staging.cuh", "first + row < end &&", "first + row < end + 1 &&",
-        (replace(PLAIN, name="tail", sequences=((20, 75), (3, 9)), page_size=16, poison="nan"),)),
     "values that are not finite multiplied by weights of zero": Fault(
         "attend.cuh", "if (bad) staged.store_finite", "if (false) staged.store_finite", (replace(CAUSAL, name="poison", poison="nan"),)),
     "ALiBi from the upper left corner": Fault(
