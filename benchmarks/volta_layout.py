@@ -80,7 +80,7 @@ def copy_with(layout: Layout, folder: Path) -> Path:
             text = path.read_text()
             for old, new in replacements:
                 if text.count(old) != 1:
-                    raise ValueError(f"layout {layout.name}: {file} holds {text.count(old)} times, expected once: {old!r}; mend this benchmark")
+                    raise ValueError(f"layout {layout.name}: {file} holds {text.count(old)} times what it should hold once: {old!r}")
                 text = text.replace(old, new)
             path.write_text(text)
     return folder
@@ -152,14 +152,16 @@ def estimate(shape: tuple[int, ...], row: dict, variant: Variant) -> dict:
 
 def markdown(rows: list[dict], estimates: list[dict]) -> str:
     names = [name for name, _, _ in ACCESSES]
-    lines = ["| variant | layout | " + " | ".join(names) + " | wavefronts (ideal) | tile memory, B | barriers |", "|---" * (len(names) + 5) + "|"]
+    titles = ["variant", "layout", *names, "wavefronts (ideal)", "tile memory, B", "barriers"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     lines += [f"| {r['variant']} | {r['layout']} | " + " | ".join(str(r["conflicts"][name]) for name in names) +
               f" | {r['wavefronts']} ({r['ideal_wavefronts']}) | {r['shared_bytes']} | {r['barriers']} |" for r in rows]
-    lines += ["", "Estimate, not a measurement: least time of a causal fp16 prefill on a V100 by these counts; latencies, issue slots and the",
-              "scalar instructions of the softmax are not in it.", "",
+    lines += ["", "Estimate, not a measurement: least time of a causal fp16 prefill on a V100 by these counts; latencies, issue slots and",
+              "the scalar instructions of the softmax are not in it.", "",
               "| B, Hq, Hkv, Sq, Skv, D | layout | bound by | ms at least | TFLOP/s at most |", "|---" * 5 + "|"]
-    lines += [f"| {', '.join(map(str, e['shape']))} | {e['layout']} | {e['bound']} | {max(e['ms'].values()):.2f} | {e['tflops_at_most']:.0f} |"
-              for e in estimates]
+    for each in estimates:
+        shape, least = ", ".join(map(str, each["shape"])), max(each["ms"].values())
+        lines.append(f"| {shape} | {each['layout']} | {each['bound']} | {least:.2f} | {each['tflops_at_most']:.0f} |")
     return "\n".join(lines)
 
 
@@ -189,7 +191,8 @@ def main() -> int:
         print(f"Bank conflicts of one tile of keys of a block, by access; {where}\n\n{text}")
     if arguments.write:
         stem = ROOT / "docs" / "measured" / "volta_layout"
-        stem.with_suffix(".md").write_text(f"# Bank conflicts of the Volta kernels, by layout\n\n`make bench-volta-layout`, {where}.\n\n{text}\n")
+        head = f"# Bank conflicts of the Volta kernels, by layout\n\n`make bench-volta-layout`, {where}.\n\n"
+        stem.with_suffix(".md").write_text(f"{head}{text}\n")
         stem.with_suffix(".json").write_text(json.dumps({"where": where, "tiles": rows, "estimates": estimates}, indent=1) + "\n")
     ours = [row for row in rows if row["layout"] == "ours"]
     return int(any(sum(row["conflicts"].values()) for row in ours))

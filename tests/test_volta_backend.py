@@ -79,7 +79,7 @@ def test_strict_refusal_is_the_designs():
 @pytest.mark.parametrize(("cuda", "arches", "capability", "words"), [
     ("12.6", ["sm_50", "sm_70", "sm_90"], (7, 0), None),
     ("12.8", ["sm_75", "sm_90"], (7, 0), "torch is built for CUDA 12.8 without sm_70 (wheels for CUDA 12.8 from torch 2.11 on, and all for "
-     "CUDA 13, dropped it); a V100 needs a wheel for CUDA 12.6: pip install torch --index-url https://download.pytorch.org/whl/cu126"),
+     "CUDA 13, dropped it); a V100 needs a build for CUDA 12.6: install torch's cu126 wheel"),
     ("13.0", ["sm_75", "sm_120"], (7, 0), "torch is built for CUDA 13.0 without sm_70"),
     ("13.0", ["sm_75", "sm_90"], (9, 0), None),
     ("12.6", ["sm_50", "sm_70"], (6, 1), "device has compute capability 6.1, kernels need 7.0 (tensor cores); use backend 'sdpa'"),

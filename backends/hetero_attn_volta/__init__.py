@@ -51,9 +51,6 @@ class VoltaBackend(Backend):
             reasons.append("gradients are needed, kernel has no backward; use backend 'sdpa', or torch.no_grad() if they are not")
         return reasons
 
-    def remarks(self, spec: AttentionSpec) -> list[str]:
-        return [f"plan: {self.plan(spec)}"]
-
     def plan(self, spec: AttentionSpec) -> Plan:
         """What a call that it supports is launched as."""
         return plan(spec, self.hardware)

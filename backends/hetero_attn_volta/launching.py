@@ -58,8 +58,7 @@ class CudaLauncher:
         if torch.version.hip:
             return ["torch is a ROCm build, these kernels are CUDA's; use backend 'sdpa'"]
         if torch.version.cuda is None:
-            return [f"torch {torch.__version__} has no CUDA; a V100 needs a build for CUDA 12.6: "
-                    f"pip install torch --index-url https://download.pytorch.org/whl/cu126"]
+            return [f"torch {torch.__version__} has no CUDA; a V100 needs a build for CUDA 12.6: install torch's cu126 wheel"]
         if not torch.cuda.is_available():
             return ["torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"]
         reasons = [*torch_build_reasons(torch.version.cuda, torch.cuda.get_arch_list(), torch.cuda.get_device_capability())]
@@ -117,5 +116,5 @@ def torch_build_reasons(cuda: str, arches: list[str], capability: tuple[int, int
         return [f"device has compute capability {capability[0]}.{capability[1]}, kernels need 7.0 (tensor cores); use backend 'sdpa'"]
     if capability < (7, 5) and arches and "sm_70" not in arches:
         return [f"torch is built for CUDA {cuda} without sm_70 (wheels for CUDA 12.8 from torch 2.11 on, and all for CUDA 13, dropped it); "
-                f"a V100 needs a wheel for CUDA 12.6: pip install torch --index-url https://download.pytorch.org/whl/cu126"]
+                f"a V100 needs a build for CUDA 12.6: install torch's cu126 wheel"]
     return []
