@@ -10,7 +10,7 @@ import pytest
 import torch
 from hetero_attn_volta.tiling import (
     DECODE,
-    DECODE_MAX_ROWS,
+    DECODE_MAX_QUERIES,
     FORWARD,
     MAX_HEAD_DIM,
     MAX_SPLITS,
@@ -86,10 +86,14 @@ def test_decoding_fills_the_device():
     assert plan(replace(DECODING, q_heads=1, kv_heads=1, kv_len=1 << 20), V100).splits == MAX_SPLITS
 
 
-def test_rows_decide_between_the_kernels():
-    group = PREFILL.group_size
-    assert plan(replace(PREFILL, q_len=DECODE_MAX_ROWS // group), V100).variant.kernel == "decode"
-    assert plan(replace(PREFILL, q_len=DECODE_MAX_ROWS // group + 1), V100).variant.kernel == "forward"
+def test_queries_decide_between_the_kernels():
+    """Passes over K and V of a KV head: decoding takes one for 16 rows, the forward kernel one for each head of the group."""
+    for q_len, kernel in ((1, "decode"), (DECODE_MAX_QUERIES, "decode"), (DECODE_MAX_QUERIES + 1, "forward")):
+        for q_heads in (1, 8, 71):
+            spec = replace(PREFILL, q_len=q_len, q_heads=q_heads, kv_heads=1)
+            assert plan(spec, V100).variant.kernel == kernel
+            if kernel == "decode":
+                assert ceil(q_len * q_heads / 16) <= q_heads
 
 
 def test_few_blocks_take_small_tiles_and_many_take_large_ones():

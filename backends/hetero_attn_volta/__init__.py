@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from hetero_attn.backend import Backend
-from hetero_attn.jit import Kernel
+from hetero_attn.cubin import Cubin
 from hetero_attn.profile import load_profile
 from hetero_attn.spec import AttentionSpec, Operands, dtype_name
 from hetero_attn_volta import calls
@@ -60,7 +60,7 @@ class VoltaBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return calls.attention(self.launcher, self.plan(spec), q, k, v, spec, operands)
 
-    def kernels(self) -> list[Kernel]:
+    def kernels(self) -> list[Cubin]:
         """Cubins for sm_70: used where a Volta is. Making them takes NVRTC 12, no device."""
         here = torch.cuda.is_available() and torch.cuda.get_device_capability() == (7, 0)
         return cubins(ARCH, used_here=here)

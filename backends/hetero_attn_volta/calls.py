@@ -54,7 +54,7 @@ def attention(
         "head_dim": spec.head_dim, "v_head_dim": Dv, "page_size": spec.page_size,
         "left": min(left, FARTHEST), "right": min(right, FARTHEST),
         "splits": plan.splits, "partial_dim": plan.variant.head_dim,
-        "vector_q": _moves(q, 8), "vector_k": _moves(k, 8), "vector_v": _moves(v, 8), "vector_out": _moves(out, 2),
+        "vector_q": _moves(q, 8), "vector_k": _moves(k, 8), "vector_v": _moves(v, 8), "vector_out": _moves(out, 4),
     } | _scalars(spec)
     if plan.splits > 1:
         rows = Hq * values["total_q"]

@@ -19,7 +19,7 @@ REGISTER_STEP = 8                                                  # a thread's 
 TENSOR_FMA_PER_CLOCK = 512         # NVIDIA V100 whitepaper: 8 tensor cores a multiprocessor, 64 FMA each
 SHARED_BYTES_PER_CLOCK = 128       # 32 banks of 4 bytes
 DECODE_ROWS = 16                   # query rows (positions x heads of a group) of a decode block
-DECODE_MAX_ROWS = 32               # up to so many rows a KV head the decode kernel serves: two passes over K and V
+DECODE_MAX_QUERIES = 16            # up to so many the decode kernel reads K and V no oftener than the forward kernel, which does so a head
 MAX_SPLITS = 64
 
 
@@ -145,7 +145,7 @@ def padded(head_dim: int) -> int:
 def plan(spec: AttentionSpec, hardware: Hardware) -> Plan:
     """The quickest variant by `cost`. For a varlen call every sequence is taken to be as long as the longest."""
     dim, units = padded(max(spec.head_dim, spec.v_head_dim)), hardware.units or 1
-    if spec.q_len * spec.group_size <= DECODE_MAX_ROWS:
+    if spec.q_len <= DECODE_MAX_QUERIES:
         variant = next(v for v in DECODE if v.head_dim == dim)
         tiles, heads = ceil(spec.q_len * spec.group_size / DECODE_ROWS), spec.kv_heads
         least = 2 * variant.warps * variant.keys             # two rounds of every warp pay for a further part

@@ -59,10 +59,14 @@ class Block {
  public:
   Block(const Options& options, Entry entry, void** arguments, const SharedMemory& shared)
       : options(options), entry_(entry), arguments_(arguments), shared_(shared),
-        count_(size_t(options.block[0]) * options.block[1] * options.block[2]), fibers_(count_), stacks_(count_),
+        count_(size_t(options.block[0]) * options.block[1] * options.block[2]), fibers_(count_), stacks_(stack_pool().take(count_)),
         random_(unsigned(options.order)) {
     if (options.counted) ledger.reset(new Ledger(count_, shared, options));
   }
+
+  ~Block() { stack_pool().give_back(std::move(stacks_)); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
 
   const Options& options;
   uint64_t counters[COUNTERS] = {};
@@ -85,8 +89,8 @@ class Block {
       f.when.block = epoch_;
       f.thread = {unsigned(i % options.block[0]), unsigned(i / options.block[0] % options.block[1]),
                   unsigned(i / options.block[0] / options.block[1])};
-      stacks_.clear(i);
-      prepare(f.context, stacks_.bottom(i), first_step);
+      stacks_->clear(i);
+      prepare(f.context, stacks_->bottom(i), first_step);
     }
     schedule();
     check_tail();
@@ -264,7 +268,7 @@ class Block {
   SharedMemory shared_;
   size_t count_;
   std::vector<Fiber> fibers_;
-  Stacks stacks_;
+  std::unique_ptr<Stacks> stacks_;
   std::mt19937 random_;
   double deadline_ = 0;
   uint32_t epoch_ = 0;                                 // grows with every barrier and every block: what was before it is ordered

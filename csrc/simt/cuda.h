@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "half.h"
-#include "mma.h"
 #include "runtime.h"
 
 #define SIMT 1
@@ -131,6 +130,11 @@ SIMT_UNCOUNTED T atomic(T* address, Change change) {
   do after = change(before);
   while (!__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
   return before;
+}
+
+// Volta's tensor-core step: sums [8] += A B with this lane's fragments, 4 halves each (mma.h). b_row: B by rows, else by columns.
+inline void mma_m8n8k4(bool b_row, float* sums, const uint32_t* a, const uint32_t* b, const char* file, int line) {
+  simt_mma_m8n8k4(b_row, sums, a, b, file, line);
 }
 
 inline float special(float value) {

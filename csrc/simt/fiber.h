@@ -3,8 +3,11 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <sys/mman.h>
+#include <memory>
+#include <mutex>
 #include <new>
+#include <sys/mman.h>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -28,11 +31,12 @@ class Stacks {
     for (size_t i = 0; i < count; i++) mprotect(bottom(i), 4096, PROT_NONE);
   }
   ~Stacks() {
-    for (size_t i = 0; i < bytes_ / STACK_BYTES; i++) clear(i);
+    for (size_t i = 0; i < count(); i++) clear(i);
     munmap(base_, bytes_);
   }
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
+  size_t count() const { return bytes_ / STACK_BYTES; }
   char* bottom(size_t i) const { return base_ + i * STACK_BYTES; }
 
   // The stack as new: what a fiber that never returned from its functions left marked is usable again.
@@ -47,6 +51,35 @@ class Stacks {
   char* base_;
   size_t bytes_;
 };
+
+// Stacks that launches hand on to one another: fresh ones cost a page fault for every page that a thread touches.
+class StackPool {
+ public:
+  std::unique_ptr<Stacks> take(size_t count) {
+    std::lock_guard<std::mutex> held(lock_);
+    for (auto& each : free_) {
+      if (each->count() != count) continue;
+      std::swap(each, free_.back());
+      auto found = std::move(free_.back());
+      free_.pop_back();
+      return found;
+    }
+    return std::unique_ptr<Stacks>(new Stacks(count));
+  }
+  void give_back(std::unique_ptr<Stacks> stacks) {
+    std::lock_guard<std::mutex> held(lock_);
+    if (free_.size() < 8) free_.push_back(std::move(stacks));
+  }
+
+ private:
+  std::mutex lock_;
+  std::vector<std::unique_ptr<Stacks>> free_;
+};
+
+inline StackPool& stack_pool() {
+  static StackPool pool;
+  return pool;
+}
 
 struct Context {
 #if defined(__x86_64__)

@@ -44,10 +44,4 @@ void mma_m8n8k4_warp(void** all, uint32_t) {
   }
 }
 
-// sums [8] += A B, with this lane's fragments; A by rows.
-inline void mma_m8n8k4(bool b_row, float* sums, const uint32_t* a, const uint32_t* b, const char* file, int line) {
-  MmaArgument argument{sums, a, b};
-  simt_warp(b_row ? mma_m8n8k4_warp<true> : mma_m8n8k4_warp<false>, MMA, 0xffffffffu, "mma.m8n8k4", file, line, &argument);
-}
-
 }  // namespace simt

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "block.h"
+#include "mma.h"
 
 namespace simt {
 namespace {
@@ -63,6 +64,11 @@ SIMT_API int simt_barrier(Reduction reduction, int predicate, const char* what, 
   self->place = {what, file, line};
   current->suspend(State::AT_BARRIER);
   return self->predicate;
+}
+
+SIMT_API void simt_mma_m8n8k4(int b_row, float* sums, const uint32_t* a, const uint32_t* b, const char* file, int line) {
+  MmaArgument argument{sums, a, b};
+  simt_warp(b_row ? mma_m8n8k4_warp<true> : mma_m8n8k4_warp<false>, MMA, 0xffffffffu, "mma.m8n8k4", file, line, &argument);
 }
 
 SIMT_API void simt_yield(const char* what, const char* file, int line) {

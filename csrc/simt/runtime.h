@@ -33,6 +33,7 @@ SIMT_API Index simt_grid_size();
 SIMT_API unsigned simt_lane();
 SIMT_API void simt_warp(WarpOperation operation, Counter counter, uint32_t mask, const char* what, const char* file, int line, void* argument);
 SIMT_API int simt_barrier(Reduction reduction, int predicate, const char* what, const char* file, int line);
+SIMT_API void simt_mma_m8n8k4(int b_row, float* sums, const uint32_t* a, const uint32_t* b, const char* file, int line);
 SIMT_API void simt_yield(const char* what, const char* file, int line);          // spinning on what somebody else will write
 SIMT_API void simt_count(Counter counter);
 SIMT_API void simt_access(const void* place, const void* address, uint32_t size, int store);       // of an instrumented program

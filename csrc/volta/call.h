@@ -22,7 +22,7 @@ struct Call {
   int first_batch;                         // grids are at most 65535 sequences high: longer batches come in parts
   int splits;                              // parts into which every row's keys are cut
   int partial_dim;                         // features of a row of partial_out
-  int vector_q, vector_k, vector_v, vector_out;         // rows may be moved 16 bytes at a time (out: 4)
+  int vector_q, vector_k, vector_v, vector_out;         // rows may be moved 16 bytes at a time (out: 8)
   float scale, softcap;                    // softcap 0 = off
 };
 

@@ -72,37 +72,42 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_forward(c
 #pragma unroll
     for (int v1 = 0; v1 < 2; v1++) {
       const Row& row = rows[r][v1];
-      if (row.query >= s.q_len) continue;
+      const bool real = row.query < s.q_len;
       float factor, lse;
       close_row(call, head, call.splits == 1, group.maximum[r][v1], group.sum[r][v1], factor, lse);
       if (group.spoiled[r][v1]) factor = __int_as_float(0x7fffffff);
       const long long token = s.q_start + row.query;
       if (call.splits > 1) {
-        const long long index = (long long)split * call.q_heads * call.total_q + (long long)head * call.total_q + (dense ? b * call.q_len : 0) + token;
-        if ((lane & 10) == 0) store_partial(call, index, group.maximum[r][v1], group.sum[r][v1]);
+        const long long index = ((long long)split * call.q_heads + head) * call.total_q + (dense ? b * call.q_len : 0) + token;
+        if (real && (lane & 10) == 0) store_partial(call, index, group.maximum[r][v1], group.sum[r][v1]);
 #pragma unroll
         for (int f = 0; f < Group::FEATURE_TILES; f++)
 #pragma unroll
           for (int v = 0; v < 4; v++) {
             const int e = (v & 1) + 2 * v1 + 4 * (v >> 1);
-            call.partial_out[index * HEAD_DIM + 16 * f + sum_column(lane, e)] = group.out[r][f][e] * factor;
+            if (real) call.partial_out[index * HEAD_DIM + 16 * f + sum_column(lane, e)] = group.out[r][f][e] * factor;
           }
         continue;
       }
-      if (call.lse && (lane & 10) == 0) call.lse[b * call.lse_stride[0] + head * call.lse_stride[1] + token] = lse;
+      if (real && call.lse && (lane & 10) == 0) call.lse[b * call.lse_stride[0] + head * call.lse_stride[1] + token] = lse;
       unsigned short* to = call.out + b * call.out_stride[0] + head * call.out_stride[1] + token * call.out_stride[2];
+      // a lane has features (0 1 4 5) or (2 3 6 7) of eight: it trades a pair with its neighbour, and both have four side by side
+      const bool upper = bit(lane, 1);
 #pragma unroll
-      for (int f = 0; f < Group::FEATURE_TILES; f++)
+      for (int f = 0; f < Group::FEATURE_TILES; f++) {
+        const float* o = group.out[r][f] + 2 * v1;
+        const unsigned low = pack_halves(o[0] * factor, o[1] * factor), high = pack_halves(o[4] * factor, o[5] * factor);
+        const unsigned traded = __shfl_xor_sync(0xffffffffu, upper ? low : high, 2);
+        const unsigned pairs[2] = {upper ? traded : low, upper ? high : traded};
+        const int feature = 16 * f + 8 * bit(lane, 3) + 4 * bit(lane, 1);
+        if (!real || feature >= call.v_head_dim) continue;
+        if (call.vector_out) {
+          *reinterpret_cast<uint2*>(to + feature) = make_uint2(pairs[0], pairs[1]);
+        } else {
 #pragma unroll
-        for (int v2 = 0; v2 < 2; v2++) {
-          const int e = 2 * v1 + 4 * v2, feature = 16 * f + sum_column(lane, e);
-          const unsigned pair = pack_halves(group.out[r][f][e] * factor, group.out[r][f][e + 1] * factor);
-          if (call.vector_out && feature + 1 < call.v_head_dim) {
-            *reinterpret_cast<unsigned*>(to + feature) = pair;
-          } else {
-            if (feature < call.v_head_dim) to[feature * call.out_stride[3]] = (unsigned short)pair;
-            if (feature + 1 < call.v_head_dim) to[(feature + 1) * call.out_stride[3]] = (unsigned short)(pair >> 16);
-          }
+          for (int j = 0; j < 4; j++)
+            if (feature + j < call.v_head_dim) to[(feature + j) * call.out_stride[3]] = (unsigned short)(pairs[j / 2] >> 16 * (j % 2));
         }
+      }
     }
 }

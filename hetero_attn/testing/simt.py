@@ -96,8 +96,8 @@ class Counts:
 def _runtime(sanitize: bool) -> ctypes.CDLL:
     """The executor, loaded so that programs find its functions. Raises BuildError."""
     flags = ("-fsanitize=address",) if sanitize else ()
-    kernel = Kernel("simt-runtime" + "-asan" * sanitize, ("simt/runtime.cpp",), flags=(*flags, "-pthread"), abi_version=ABI_VERSION,
-                    used_here=False)
+    kernel = Kernel("simt-runtime" + "-asan" * sanitize, ("simt/runtime.cpp",), flags=(*flags, *processor_flags(), "-pthread"),
+                    abi_version=ABI_VERSION, used_here=False)
     return ctypes.CDLL(str(kernel.build()), mode=ctypes.RTLD_GLOBAL)
 
 
