@@ -150,6 +150,25 @@ def test_long_batches_go_in_parts(monkeypatch, changes):
 
 
 @needs_compiler
+def test_a_tiny_call_is_what_makes_it_available(monkeypatch):
+    class Broken(SimtLauncher):
+        probes = True
+
+        def launch(self, *arguments):
+            raise RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU:\nno kernel image")
+
+    class Idle(Broken):
+        def launch(self, *arguments):
+            pass
+
+    assert VoltaBackend(SimtLauncher()).probe() == []
+    assert VoltaBackend(Broken()).unavailable_reasons() == \
+        ["a tiny call failed: RuntimeError: CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image"]
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    assert VoltaBackend(Idle()).unavailable_reasons()[0].startswith("a tiny call gave 0.0 and not 1; ")
+
+
+@needs_compiler
 def test_unaligned_rows_take_the_slow_way_and_aligned_ones_do_not():
     """Counted: 16-byte loads where every row begins at a multiple of 16 bytes, 2-byte ones where not; never a misaligned access."""
     with volta_emulated(SimtLauncher(counted=True)) as launcher:

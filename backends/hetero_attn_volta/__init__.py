@@ -33,8 +33,26 @@ class VoltaBackend(Backend):
 
     def unavailable_reasons(self) -> list[str]:
         if self._reasons is None:
-            self._reasons = self.launcher.unavailable_reasons()
+            self._reasons = self.launcher.unavailable_reasons() or (self.probe() if self.launcher.probes else [])
         return list(self._reasons)
+
+    def probe(self) -> list[str]:
+        """A tiny real call, prefill and decode: why it did not work, [] = it did."""
+        try:
+            ones = torch.ones(1, 1, 40, 32, dtype=torch.float16, device=self.launcher.device)
+            for q_len in (40, 1):
+                spec = AttentionSpec(self.launcher.device, torch.float16, 1, 1, 1, q_len, 40, 32, 32)
+                out, _ = self.attention(ones[:, :, :q_len], ones, ones, spec, Operands())
+                if not torch.equal(out, ones[:, :, :q_len]):
+                    return [f"a tiny call gave {out.flatten()[0].item()} and not 1; please report it with `hetero-attn doctor --json`"]
+        except Exception as error:
+            return [f"a tiny call failed: {type(error).__name__}: {' '.join(str(error).split())}"]
+        return []
+
+    def notes(self) -> list[str]:
+        if self.launcher.device != "cuda" or torch.cuda.get_device_capability() == (7, 0):
+            return []
+        return ["kernels are made for Volta (compute capability 7.0): on this device m8n8k4 is emulated by other instructions, and slow"]
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         reasons = []

@@ -32,9 +32,10 @@ class KernelSource:
 
 
 class Launcher(Protocol):
-    """What runs kernels. device: the torch device type whose tensors it takes."""
+    """What runs kernels. device: the torch device type whose tensors it takes. probes: try a tiny call before saying that it runs."""
 
     device: str
+    probes: bool
 
     def unavailable_reasons(self) -> list[str]: ...
 
@@ -48,6 +49,7 @@ class CudaLauncher:
     """Through CuPy, on torch tensors and torch's current stream."""
 
     device = "cuda"
+    probes = True
 
     def __init__(self) -> None:
         self._functions: dict[tuple, Any] = {}
@@ -94,7 +96,7 @@ class CudaLauncher:
             function = self._function(kernel, shared_bytes, device)
             stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index or 0)
             with stream:
-                function(grid, block, (numpy.frombuffer(call, dtype=[("call", f"V{len(call)}")]),), shared_mem=shared_bytes)
+                function(grid, block, (numpy.frombuffer(bytearray(call), dtype=[("call", f"V{len(call)}")]),), shared_mem=shared_bytes)
 
     def _function(self, kernel: KernelSource, shared_bytes: int, device: torch.device) -> Any:
         import cupy

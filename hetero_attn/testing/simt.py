@@ -232,6 +232,7 @@ class SimtLauncher:
     """
 
     device = "cpu"
+    probes = False
 
     def __init__(self, *, order: int = 0, counted: bool = False, sanitize: bool = False, workers: int | None = None,
                  root: Path | None = None) -> None:
