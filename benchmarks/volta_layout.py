@@ -33,7 +33,8 @@ from hetero_attn.spec import AttentionSpec  # noqa: E402
 from hetero_attn.testing.simt import Counts, SimtLauncher  # noqa: E402
 from hetero_attn.testing.tolerances import mismatch  # noqa: E402
 
-TENSOR_FMA, SHARED_BYTES, SPECIAL = 512, 128, 16       # a clock and multiprocessor; NVIDIA V100 whitepaper (special functions: 4 a quarter)
+# A clock and multiprocessor; NVIDIA V100 whitepaper. SPECIAL: exponentials and conversions to half, 4 in each of 4 quarters.
+TENSOR_FMA, SPECIAL = 512, 16
 FMA_OF_MMA = 16 * 16 * 4                               # of a warp's m8n8k4: four quad pairs
 ACCESSES = (("K loads", "K", "load"), ("V loads", "V", "load"), ("P stores", "P", "store"), ("P loads", "P", "load"),
             ("K stores", "K", "store"), ("V stores", "V", "store"))
@@ -142,7 +143,7 @@ def estimate(shape: tuple[int, ...], row: dict, variant: Variant) -> dict:
     hardware = load_profile("v100").hardware
     tiles, rate = B * Hq * tiles_visited(shape, variant), hardware.units * hardware.clock_ghz * 1e9
     parts = {"tensor cores": tiles * row["mma"] * FMA_OF_MMA / TENSOR_FMA / rate, "shared memory": tiles * row["wavefronts"] / rate,
-             "special functions": tiles * row["special"] / SPECIAL / rate,
+             "exponentials and conversions": tiles * row["special"] / SPECIAL / rate,
              "memory (once)": 2 * B * D * (2 * Hq * q_len + 2 * Hkv * kv_len) / (hardware.memory_gbps * 1e9)}
     bound = max(parts, key=parts.get)
     seen = B * Hq * sum(min(kv_len, i + 1 + kv_len - q_len) for i in range(q_len))

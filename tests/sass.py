@@ -9,7 +9,8 @@ import struct
 from importlib.util import find_spec
 from pathlib import Path
 
-HMMA_884, LOAD_LOCAL, STORE_LOCAL = 0x236, 0x983, 0x387
+HMMA_884, LOAD_GLOBAL, LOAD_SHARED, STORE_SHARED, BARRIER = 0x236, 0x381, 0x984, 0x388, 0xB1D
+LOAD_LOCAL, STORE_LOCAL = 0x983, 0x387
 INSTRUCTION_BYTES = 16
 
 
