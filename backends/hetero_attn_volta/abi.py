@@ -28,13 +28,19 @@ _call = struct.Struct("=" + "".join(f"{count}{_CODES[kind]}" for _, kind, count 
 CALL_BYTES = _call.size
 
 
+_EMPTY = {name: 0 if count == 1 else (0,) * count for name, _, count in CALL}
+_MANY = tuple(count > 1 for _, _, count in CALL)
+
+
 def pack(values: dict[str, int | float | tuple[int, ...]]) -> bytes:
     """Field name -> value (a tuple where there are several) as a Call; a field that is not named is 0."""
-    unknown = values.keys() - {name for name, _, _ in CALL}
-    if unknown:
-        raise ValueError(f"call has fields {sorted(unknown)}, expected those of csrc/volta/call.h")
+    filled = _EMPTY | values
+    if len(filled) > len(CALL):
+        raise ValueError(f"call has fields {sorted(values.keys() - _EMPTY.keys())}, expected those of csrc/volta/call.h")
     spread: list[int | float] = []
-    for name, _, count in CALL:
-        value = values.get(name, 0 if count == 1 else (0,) * count)
-        spread += [value] if count == 1 else value
+    for value, many in zip(filled.values(), _MANY):
+        if many:
+            spread += value
+        else:
+            spread.append(value)
     return _call.pack(*spread)

@@ -62,12 +62,13 @@ def attention(
         partial_rows = torch.empty((plan.splits, rows, 2), dtype=torch.float32, device=device)
         values |= {"partial_out": partial_out.data_ptr(), "partial_rows": partial_rows.data_ptr()}
         kept += [partial_out, partial_rows]
-    kernel, (x, heads, batch) = source_of(plan.variant), plan.grid
+    kernel, (x, heads, batch), call = source_of(plan.variant), plan.grid, abi.pack(values)
     for first in range(0, batch, BATCH_STEP):
+        part = call if first == 0 else abi.pack(values | {"first_batch": first})
         grid = (x, heads, min(BATCH_STEP, batch - first))
-        launcher.launch(kernel, grid, (plan.variant.threads,), plan.variant.shared_bytes, abi.pack(values | {"first_batch": first}), device)
+        launcher.launch(kernel, grid, (plan.variant.threads,), plan.variant.shared_bytes, part, device)
     if plan.splits > 1:
-        launcher.launch(COMBINE, (math.ceil(rows / COMBINE_ROWS),), (32 * COMBINE_ROWS,), 0, abi.pack(values), device)
+        launcher.launch(COMBINE, (math.ceil(rows / COMBINE_ROWS),), (32 * COMBINE_ROWS,), 0, call, device)
     del kept, more_kept                              # alive until they are enqueued: the allocator hands memory on in the stream's order
     return out, lse
 

@@ -7,6 +7,7 @@ compile every variant and hold ptxas to the promise. Volta: 96 KB of shared memo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Protocol
 
@@ -93,9 +94,12 @@ class Variant:
 
 def occupancy(variant: Variant, hardware: Hardware, registers: int | None = None) -> int:
     """Blocks that share a multiprocessor; registers: a thread's, None = as many as are promised."""
-    registers = ceil((registers or variant.register_bound) / REGISTER_STEP) * REGISTER_STEP
-    return min((hardware.shared_memory_bytes or 0) // variant.shared_bytes, REGISTERS // (registers * variant.threads),
-               WARPS_PER_UNIT // variant.warps)
+    return _occupancy(variant, hardware.shared_memory_bytes or 0, registers or variant.register_bound)
+
+
+def _occupancy(variant: Variant, shared_memory_bytes: int, registers: int) -> int:
+    given = ceil(registers / REGISTER_STEP) * REGISTER_STEP
+    return min(shared_memory_bytes // variant.shared_bytes, REGISTERS // (given * variant.threads), WARPS_PER_UNIT // variant.warps)
 
 
 # What compiles for sm_70 without a spill, by ptxas 12.9. Row tiles of 2 read K and V half as often; they need the registers that a head
@@ -144,24 +148,31 @@ def padded(head_dim: int) -> int:
 
 def plan(spec: AttentionSpec, hardware: Hardware) -> Plan:
     """The quickest variant by `cost`. For a varlen call every sequence is taken to be as long as the longest."""
-    dim, units = padded(max(spec.head_dim, spec.v_head_dim)), hardware.units or 1
-    if spec.q_len <= DECODE_MAX_QUERIES:
+    dim = padded(max(spec.head_dim, spec.v_head_dim))
+    units, shared_memory_bytes = hardware.units or 1, hardware.shared_memory_bytes or 0
+    return _plan(dim, spec.batch, spec.q_heads, spec.kv_heads, spec.q_len, spec.kv_len, units, shared_memory_bytes)
+
+
+@lru_cache(maxsize=4096)
+def _plan(dim: int, batch: int, q_heads: int, kv_heads: int, q_len: int, kv_len: int, units: int, shared_memory_bytes: int) -> Plan:
+    """plan() by its numbers: all layers of a decode step ask for the same one."""
+    if q_len <= DECODE_MAX_QUERIES:
         variant = next(v for v in DECODE if v.head_dim == dim)
-        tiles, heads = ceil(spec.q_len * spec.group_size / DECODE_ROWS), spec.kv_heads
+        tiles, heads = ceil(q_len * (q_heads // kv_heads) / DECODE_ROWS), kv_heads
         least = 2 * variant.warps * variant.keys             # two rounds of every warp pay for a further part
     else:
-        fitting = [v for v in FORWARD if v.head_dim == dim and occupancy(v, hardware) >= v.blocks]
-        variant = min(fitting, key=lambda v: cost(spec, v, units))
-        tiles, heads, least = ceil(spec.q_len / variant.queries), spec.q_heads, 16 * variant.keys
-    blocks = max(1, tiles * heads * spec.batch)
-    splits = max(1, min(units * variant.blocks // blocks, spec.kv_len // least, MAX_SPLITS))
-    return Plan(variant, (max(1, tiles) * splits, heads, spec.batch), splits)
+        fitting = [v for v in FORWARD if v.head_dim == dim and _occupancy(v, shared_memory_bytes, v.register_bound) >= v.blocks]
+        variant = min(fitting, key=lambda v: cost(v, batch * q_heads, q_len, kv_len, units))
+        tiles, heads, least = ceil(q_len / variant.queries), q_heads, 16 * variant.keys
+    blocks = max(1, tiles * heads * batch)
+    splits = max(1, min(units * variant.blocks // blocks, kv_len // least, MAX_SPLITS))
+    return Plan(variant, (max(1, tiles) * splits, heads, batch), splits)
 
 
-def cost(spec: AttentionSpec, variant: Variant, units: int) -> float:
-    """Clocks of a multiprocessor for a prefill, by counting: waves of blocks times a block's work, without latencies."""
-    blocks = ceil(spec.q_len / variant.queries) * spec.q_heads * max(1, spec.batch)
-    return ceil(blocks / (units * variant.blocks)) * variant.blocks * ceil(spec.kv_len / variant.keys) * tile_clocks(variant)["bound"]
+def cost(variant: Variant, heads: int, q_len: int, kv_len: int, units: int) -> float:
+    """Clocks of a multiprocessor for a prefill of `heads` heads in all: waves of blocks times a block's work, without latencies."""
+    blocks = ceil(q_len / variant.queries) * max(1, heads)
+    return ceil(blocks / (units * variant.blocks)) * variant.blocks * ceil(kv_len / variant.keys) * tile_clocks(variant)["bound"]
 
 
 def tile_clocks(variant: Variant) -> dict[str, float]:

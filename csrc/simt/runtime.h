@@ -67,7 +67,6 @@ struct Options {                                      // hetero_attn/testing/sim
   const int32_t* cancelled;                           // set by whoever runs several launches: give up
   const Region* regions;
   int32_t region_count;
-  uint32_t stack_bytes;                               // out: what a thread may use
 };
 
 // Memory counters of one kind of access. Conflicts are wavefronts - ideal_wavefronts.

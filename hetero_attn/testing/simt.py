@@ -41,7 +41,7 @@ class _Options(ctypes.Structure):      # csrc/simt/runtime.h's Options
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared_bytes", ctypes.c_uint64), ("workers", ctypes.c_int32),
         ("order", ctypes.c_int32), ("resident", ctypes.c_int32), ("counted", ctypes.c_int32), ("time_limit_s", ctypes.c_double),
-        ("cancelled", ctypes.c_void_p), ("regions", ctypes.c_void_p), ("region_count", ctypes.c_int32), ("stack_bytes", ctypes.c_uint32),
+        ("cancelled", ctypes.c_void_p), ("regions", ctypes.c_void_p), ("region_count", ctypes.c_int32),
     ]
 
 
@@ -113,28 +113,19 @@ def processor_flags() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Program:
-    """A .cu, by its path (under csrc/, or absolute), with preprocessor definitions and replacements.
+    """A .cu, by its path (under csrc/, or absolute), with preprocessor definitions.
 
     counted: instrument it, for counts and for the checks of accesses. sanitize: with AddressSanitizer, in a process that preloads it.
-    text: the source itself, in place of the file's (seeded faults); its includes are found as the file's are.
     """
 
     source: str | Path
     defines: tuple[tuple[str, str | int], ...] = ()
     counted: bool = False
     sanitize: bool = False
-    text: str | None = None
-    folder: Path | None = None            # where `text` is written for the compiler
 
     @cached_property
     def path(self) -> Path:
-        if self.text is None:
-            return csrc_dir() / self.source
-        if self.folder is None:
-            raise ValueError(f"Program {self.source}: text without a folder to write it to")
-        path = Path(self.folder) / Path(self.source).name
-        path.write_text(self.text)
-        return path
+        return csrc_dir() / self.source
 
     @cached_property
     def kernel_names(self) -> list[str]:
@@ -145,11 +136,7 @@ class Program:
 
     @cached_property
     def _files(self) -> list[tuple[str, bytes]]:
-        return Kernel("source", (str(self.path),), include_dirs=self._include_dirs, abi_version=ABI_VERSION)._files()
-
-    @property
-    def _include_dirs(self) -> tuple[str, ...]:
-        return (str(Path(self.source).parent),) if self.text is not None and not Path(self.source).is_absolute() else ()
+        return Kernel("source", (str(self.path),), abi_version=ABI_VERSION)._files()
 
     @cached_property
     def _whole(self) -> str:
@@ -178,7 +165,7 @@ class Program:
         settings = "".join(f"-{value}" for _, value in self.defines if re.fullmatch(r"\w+", str(value)))
         link = ("-fsanitize=address",) if self.sanitize else ("-fno-sanitize=thread",) if self.counted else ()      # without its library
         return Kernel(f"simt-{Path(self.source).stem}{settings}{kind}"[:100], ("simt/program.cpp",), flags=tuple(flags),
-                              link_flags=link, include_dirs=self._include_dirs, abi_version=ABI_VERSION, used_here=False)
+                      link_flags=link, abi_version=ABI_VERSION, used_here=False)
 
     @cached_property
     def _library(self) -> ctypes.CDLL:
@@ -204,7 +191,7 @@ class Program:
         bounds = (ctypes.c_uint32 * (2 * max(1, len(regions))))(*(edge for pair in regions.values() for edge in pair))
         options = _Options(_sizes("grid", grid), _sizes("block", block), shared_bytes, workers or len(os.sched_getaffinity(0)), order,
                            resident, self.counted, time_limit_s, None if cancelled is None else ctypes.addressof(cancelled),
-                           ctypes.addressof(bounds), len(regions), 0)
+                           ctypes.addressof(bounds), len(regions))
         threads = options.block[0] * options.block[1] * options.block[2]
         if not 0 < threads <= 1024:
             raise ValueError(f"block is {tuple(block)}: {threads} threads, expected 1 to 1024")
