@@ -45,11 +45,10 @@ SHAPES = ((1, 32, 32, 2048, 2048, 64), (1, 32, 8, 4096, 4096, 128), (4, 32, 8, 1
 KEYS_IN_ORDER = {
     "fragments.cuh": [("2 * bit(step, 1) + 4 * bit(lane, 1) + 8 * bit(step, 2) + 16 * bit(step, 0) + 32 * (step >> 3);",
                        "2 * bit(lane, 1) + 4 * step;")],
-    "attend.cuh": [("        store_pair(tile + sum_row(lane, v1) * Memory::WEIGHT_ROW + weight_position(lane, t), pack_halves(w[0], w[1]), "
-                    "pack_halves(w[4], w[5]));",
+    "attend.cuh": [("        store_pair(tile + sum_row(lane, v1) * Memory::WEIGHT_ROW + weight_position(lane, t), first, second);",
                     "        unsigned short* to = tile + sum_row(lane, v1) * Memory::WEIGHT_ROW + 16 * t;\n"
-                    "        *reinterpret_cast<unsigned*>(to + sum_column(lane, 0)) = pack_halves(w[0], w[1]);\n"
-                    "        *reinterpret_cast<unsigned*>(to + sum_column(lane, 4)) = pack_halves(w[4], w[5]);")],
+                    "        *reinterpret_cast<unsigned*>(to + sum_column(lane, 0)) = first;\n"
+                    "        *reinterpret_cast<unsigned*>(to + sum_column(lane, 4)) = second;")],
 }
 UNPADDED = {"fragments.cuh": [("constexpr int PAD = 4;", "constexpr int PAD = 0;")]}
 BARRIER_FOR_P = {"attend.cuh": [("      if (ONE_BUFFER) meet();\n      put(staged, memory.values",

@@ -26,7 +26,8 @@ inline float half_to_float(uint16_t half) {
 #else
   const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
   if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));      // * 2^112 moves the exponent's bias
+  const float moved = bits_to_float(magnitude << 13) * bits_to_float(0x77800000);            // * 2^112 moves the exponent's bias
+  return bits_to_float(sign | float_to_bits(moved));
 #endif
 }
 

@@ -46,14 +46,16 @@ SIMT_API Index simt_block_size() { return {current->options.block[0], current->o
 SIMT_API Index simt_grid_size() { return {current->options.grid[0], current->options.grid[1], current->options.grid[2]}; }
 SIMT_API unsigned simt_lane() { return unsigned(current->running->index % 32); }
 
-SIMT_API void simt_warp(WarpOperation operation, Counter counter, uint32_t mask, const char* what, const char* file, int line, void* argument) {
+SIMT_API void simt_warp(WarpOperation operation, Counter counter, uint32_t mask, const char* what, const char* file, int line,
+                        void* argument) {
   Fiber* self = current->running;
   self->operation = operation;
   self->counter = counter;
   self->mask = mask;
   self->argument = argument;
   self->place = {what, file, line};
-  if (!(mask >> self->index % 32 & 1)) give_up(self->place.words() + ": lane " + std::to_string(self->index % 32) + " is not in its own mask");
+  const unsigned lane = simt_lane();
+  if (!(mask >> lane & 1)) give_up(self->place.words() + ": lane " + std::to_string(lane) + " is not in its own mask");
   current->suspend(State::AT_WARP);
 }
 
@@ -92,8 +94,8 @@ SIMT_API void simt_access(const void* place, const void* address, uint32_t size,
 
 // Run a launch. counters [COUNTERS]; traffic [SPACES][DIRECTIONS][WIDTHS]; regions [region_count][DIRECTIONS]: sums over all blocks.
 // Returns 0, or 1 with a text in `error`: the first block that failed says why, and no further one is begun.
-SIMT_API int simt_launch(Entry entry, FindShared find_shared, const Options* options, void** arguments, uint64_t* counters, Traffic* traffic,
-                         Traffic* regions, char* error, size_t error_size) {
+SIMT_API int simt_launch(Entry entry, FindShared find_shared, const Options* options, void** arguments, uint64_t* counters,
+                         Traffic* traffic, Traffic* regions, char* error, size_t error_size) {
   const uint64_t blocks = uint64_t(options->grid[0]) * options->grid[1] * options->grid[2];
   const double deadline = seconds() + options->time_limit_s;
   std::atomic<uint64_t> next{0};
@@ -107,8 +109,8 @@ SIMT_API int simt_launch(Entry entry, FindShared find_shared, const Options* opt
     Index where;
     try {
       if (options->shared_bytes > shared.dynamic_capacity)
-        throw Failure("the launch asks for " + std::to_string(options->shared_bytes) + " bytes of dynamic shared memory, the executor has " +
-                      std::to_string(shared.dynamic_capacity));
+        throw Failure("the launch asks for " + std::to_string(options->shared_bytes) +
+                      " bytes of dynamic shared memory, the executor has " + std::to_string(shared.dynamic_capacity));
       Block block(*options, entry, arguments, shared);
       Block* before = current;
       current = &block;

@@ -26,12 +26,13 @@ using WarpOperation = void (*)(void** argument, uint32_t mask);
 enum Reduction : int { NONE, OR, AND, COUNT };
 
 extern "C" {
-SIMT_API Index simt_thread_index();                                              // of the thread that runs; by value, so that no access is counted
+SIMT_API Index simt_thread_index();                   // of the thread that runs; by value, so that no access is counted
 SIMT_API Index simt_block_index();
 SIMT_API Index simt_block_size();
 SIMT_API Index simt_grid_size();
 SIMT_API unsigned simt_lane();
-SIMT_API void simt_warp(WarpOperation operation, Counter counter, uint32_t mask, const char* what, const char* file, int line, void* argument);
+SIMT_API void simt_warp(WarpOperation operation, Counter counter, uint32_t mask, const char* what, const char* file, int line,
+                        void* argument);
 SIMT_API int simt_barrier(Reduction reduction, int predicate, const char* what, const char* file, int line);
 SIMT_API void simt_mma_m8n8k4(int b_row, float* sums, const uint32_t* a, const uint32_t* b, const char* file, int line);
 SIMT_API void simt_yield(const char* what, const char* file, int line);          // spinning on what somebody else will write
@@ -60,8 +61,8 @@ struct Options {                                      // hetero_attn/testing/sim
   uint32_t grid[3], block[3];
   uint64_t shared_bytes;
   int32_t workers;                                    // threads of the system; a block stays on one
-  int32_t order;                                      // 0 ascending, 1 descending, 2 a step a warp in turn, 3 and more: shuffled by this seed
-  int32_t resident;                                   // every block at once, each on a thread of its own: for blocks that wait for one another
+  int32_t order;                                      // 0 ascending, 1 descending, 2 a step a warp in turn, 3 and more: shuffled by it
+  int32_t resident;                                   // every block at once, each on a thread of its own: for blocks that wait for others
   int32_t counted;                                    // the program is instrumented: count and check its accesses
   double time_limit_s;
   const int32_t* cancelled;                           // set by whoever runs several launches: give up

@@ -1,6 +1,6 @@
 // The main loop: rows of queries against a range of keys, for one warp of a group that shares its tiles of keys and values.
 //
-// THREADS share the tiles: a whole block (forward.cu: each warp has rows of its own) or one warp (decode.cu: each warp has keys of its own).
+// THREADS share the tiles: a whole block (forward.cu: each warp has rows of its own) or one warp (decode.cu: each has keys of its own).
 // One round, with `meet` for the barrier of those who share:
 //     issue loads of V | S = Q K^T | softmax, weights to shared memory | meet if one buffer serves K and V | store V | meet
 //     issue loads of the next K | O += P V | meet if one buffer | store K | meet
@@ -58,8 +58,8 @@ struct Attend {
 
   // Keys first, first + stride, ... (tiles of KEYS) up to end. rows [ROW_TILES][2]; whole_first .. whole_last: seen by every row.
   __device__ __forceinline__ void run(const Call& call, const Sequence& s, const Row (&rows)[ROW_TILES][2], int b, const Rows& keys,
-                                      const Rows& values, const Memory& memory, int first, int stride, int end, int whole_first, int whole_last,
-                                      int thread) {
+                                      const Rows& values, const Memory& memory, int first, int stride, int end, int whole_first,
+                                      int whole_last, int thread) {
     const int lane = thread & 31;
     Staged<KEYS, HEAD_DIM / PARTS, THREADS> staged;
     if (first < end) {
@@ -102,8 +102,8 @@ struct Attend {
 
  private:
   // Store the tile of rows first ..., whose first part is in `staged`; with `bad`, only what is finite (Staged::store_finite).
-  static __device__ __forceinline__ void put(Staged<KEYS, HEAD_DIM / PARTS, THREADS>& staged, unsigned short* tile, const Rows& rows, int first, int end,
-                                             unsigned* bad, int thread) {
+  static __device__ __forceinline__ void put(Staged<KEYS, HEAD_DIM / PARTS, THREADS>& staged, unsigned short* tile, const Rows& rows,
+                                             int first, int end, unsigned* bad, int thread) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       const int feature = part * (HEAD_DIM / PARTS);
@@ -148,7 +148,8 @@ struct Attend {
 #pragma unroll
       for (int v1 = 0; v1 < 2; v1++) {
         const float* w = weights[t] + 2 * v1;
-        store_pair(tile + sum_row(lane, v1) * Memory::WEIGHT_ROW + weight_position(lane, t), pack_halves(w[0], w[1]), pack_halves(w[4], w[5]));
+        const unsigned first = pack_halves(w[0], w[1]), second = pack_halves(w[4], w[5]);
+        store_pair(tile + sum_row(lane, v1) * Memory::WEIGHT_ROW + weight_position(lane, t), first, second);
       }
   }
 

@@ -3,8 +3,8 @@
 // Decoding is bound by reading K and V, so each is read once for a whole group of heads (rows = query * group + head in group, 16 a block),
 // and a sequence is split over as many blocks as fill the device. A warp works alone on every fourth tile, without block barriers; the four
 // are merged at the end, and combine.cu merges the splits.
-// Compile-time: HEAD_DIM, KEYS, ROW_TILES 1, Q_IN_REGISTERS, ONE_BUFFER, WARPS. Shared memory: per warp its tiles, weights and bad-key bits; Q after them all. At the end
-// the sums of the warps lie over it.
+// Compile-time: as forward.cu, with ROW_TILES 1. Shared memory: per warp its tiles, weights and bad-key bits; Q after them all. At the
+// end the sums of the warps lie over it.
 // grid: (row tiles * splits, KV heads, batch). Block: 32 * WARPS.
 #include "attend.cuh"
 
@@ -36,11 +36,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_decode(co
   unsigned short* q_tile = shared_memory + WARPS * WARP_END;
 
   const bool dense = !call.cu_q;
-  const int* pages = call.table ? call.table + b * call.table_stride : nullptr;
-  const Rows keys = {call.k + (dense ? b * call.k_stride[0] : 0) + kv_head * call.k_stride[1] + s.k_start * call.k_stride[2], call.k_stride[2],
-                     call.k_stride[0], pages, call.page_size, int(call.k_stride[3]), call.head_dim, call.vector_k != 0};
-  const Rows values = {call.v + (dense ? b * call.v_stride[0] : 0) + kv_head * call.v_stride[1] + s.k_start * call.v_stride[2], call.v_stride[2],
-                       call.v_stride[0], pages, call.page_size, int(call.v_stride[3]), call.v_head_dim, call.vector_v != 0};
+  const Rows keys = rows_of_head(call, call.k, call.k_stride, call.head_dim, call.vector_k, s.k_start, b, kv_head);
+  const Rows values = rows_of_head(call, call.v, call.v_stride, call.v_head_dim, call.vector_v, s.k_start, b, kv_head);
 
   for (int at = thread; at < 16 * HEAD_DIM; at += 32 * WARPS) {
     const int row = at / HEAD_DIM, feature = at % HEAD_DIM, query = (first_row + row) / group_size;
@@ -106,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_decode(co
     close_row(call, head, call.splits == 1, highest, sum, factor, lse);
     if (spoil > 0.0f) factor = __int_as_float(0x7fffffff);
     if (call.splits > 1) {
-      const long long index = (long long)split * call.q_heads * call.total_q + (long long)head * call.total_q + (dense ? b * call.q_len : 0) + token;
+      const long long index = ((long long)split * call.q_heads + head) * call.total_q + (dense ? b * call.q_len : 0) + token;
       if (lane == 0) store_partial(call, index, highest, sum);
       for (int feature = lane; feature < HEAD_DIM; feature += 32)
         call.partial_out[index * HEAD_DIM + feature] = total[row * (HEAD_DIM + 8) + feature] * factor;

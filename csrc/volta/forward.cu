@@ -2,9 +2,9 @@
 //
 // After FastAttention (arXiv 2410.16663), Volta: m8n8k4 tensor cores, and a shared-memory layout without operand conversion and without
 // bank conflicts in the main loop (fragments.cuh). Causal and window bounds skip whole tiles; only tiles that a bound cuts are masked.
-// Compile-time: HEAD_DIM (padded, a multiple of 32), KEYS a tile, WARPS, ROW_TILES of 16 a warp, Q_IN_REGISTERS, ONE_BUFFER, BLOCKS that share
-// a multiprocessor. tiling.py chooses them, with the shared-memory map: K, V tiles, weights of the warps, bad-key bits; Q lies over them
-// until it is in registers, or after them.
+// Compile-time: HEAD_DIM (padded, a multiple of 32), KEYS a tile, WARPS, ROW_TILES of 16 a warp, Q_IN_REGISTERS, ONE_BUFFER, PARTS, and
+// BLOCKS that share a multiprocessor. tiling.py chooses them, with the shared-memory map: K, V tiles, weights of the warps, bad-key bits;
+// Q lies over them until it is in registers, or after them.
 // grid: (query tiles * splits, query heads, batch). Block: 32 * WARPS.
 #include "attend.cuh"
 
@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_forward(c
   const int thread = int(threadIdx.x), lane = thread & 31, warp = thread >> 5;
   const int head = int(blockIdx.y), b = int(blockIdx.z) + call.first_batch, kv_head = head / (call.q_heads / call.kv_heads);
   const int tiles = (call.q_len + QUERIES - 1) / QUERIES, split = int(blockIdx.x) / tiles;
-  const int tile = tiles - 1 - int(blockIdx.x) % tiles;                        // under causality the last tiles have most to do: they start first
+  const int tile = tiles - 1 - int(blockIdx.x) % tiles;        // under causality the last tiles have most to do: they start first
   const Sequence s = sequence_of(call, b);
   const int query = tile * QUERIES;
   if (query >= s.q_len) return;
@@ -41,13 +41,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_forward(c
   unsigned short* q_tile = shared_memory + (Q_IN_REGISTERS ? 0 : TILES_END);
 
   const bool dense = !call.cu_q;
-  const Rows queries = {call.q + (dense ? b * call.q_stride[0] : 0) + head * call.q_stride[1] + s.q_start * call.q_stride[2], call.q_stride[2], 0,
-                        nullptr, 1, int(call.q_stride[3]), call.head_dim, call.vector_q != 0};
-  const int* pages = call.table ? call.table + b * call.table_stride : nullptr;
-  const Rows keys = {call.k + (dense ? b * call.k_stride[0] : 0) + kv_head * call.k_stride[1] + s.k_start * call.k_stride[2], call.k_stride[2],
-                     call.k_stride[0], pages, call.page_size, int(call.k_stride[3]), call.head_dim, call.vector_k != 0};
-  const Rows values = {call.v + (dense ? b * call.v_stride[0] : 0) + kv_head * call.v_stride[1] + s.k_start * call.v_stride[2], call.v_stride[2],
-                       call.v_stride[0], pages, call.page_size, int(call.v_stride[3]), call.v_head_dim, call.vector_v != 0};
+  Rows queries = rows_of_head(call, call.q, call.q_stride, call.head_dim, call.vector_q, s.q_start, b, head);
+  queries.pages = nullptr;
+  const Rows keys = rows_of_head(call, call.k, call.k_stride, call.head_dim, call.vector_k, s.k_start, b, kv_head);
+  const Rows values = rows_of_head(call, call.v, call.v_stride, call.v_head_dim, call.vector_v, s.k_start, b, kv_head);
 
 #pragma unroll
   for (int part = 0; part < QUERIES; part += 32) {     // a few registers at a time: nothing else is there to hide the latency yet

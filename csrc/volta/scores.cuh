@@ -45,8 +45,8 @@ static __device__ __forceinline__ Row row_of(const Call& call, const Sequence& s
 // scores [TILES][8] of keys first_key ...: products in, logits out; -inf for keys that a row does not see.
 // whole: every row sees every one of these keys, but for a mask.
 template <int TILES>
-static __device__ __forceinline__ void finish_scores(float (&scores)[TILES][8], const Call& call, const Sequence& s, const Row (&rows)[2], int b,
-                                                     int first_key, bool whole, int lane) {
+static __device__ __forceinline__ void finish_scores(float (&scores)[TILES][8], const Call& call, const Sequence& s, const Row (&rows)[2],
+                                                     int b, int first_key, bool whole, int lane) {
 #pragma unroll
   for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -76,7 +76,8 @@ static __device__ __forceinline__ void finish_scores(float (&scores)[TILES][8], 
         const Row& row = rows[bit(e, 1)];
         const int key = first_key + 16 * t + sum_column(lane, e);
         if (key < row.first || key >= row.last) continue;
-        const long long at = b * call.mask_stride[0] + row.head * call.mask_stride[1] + row.query * call.mask_stride[2] + key * call.mask_stride[3];
+        const long long* stride = call.mask_stride;
+        const long long at = b * stride[0] + row.head * stride[1] + row.query * stride[2] + key * stride[3];
         if (call.mask_kind == MASK_BOOL) scores[t][e] = static_cast<const unsigned char*>(call.mask)[at] ? scores[t][e] : -INFINITY_F;
         else if (call.mask_kind == MASK_HALF) scores[t][e] += half_to_float(static_cast<const unsigned short*>(call.mask)[at]);
         else scores[t][e] += static_cast<const float*>(call.mask)[at];
@@ -130,7 +131,8 @@ static __device__ __forceinline__ float update_row(float (&scores)[TILES][8], in
 }
 
 // A row's last step: its sink joins (once, with the last split), and what remains is to multiply the sums by `factor` and to write `lse`.
-static __device__ __forceinline__ void close_row(const Call& call, int head, bool with_sink, float maximum, float sum, float& factor, float& lse) {
+static __device__ __forceinline__ void close_row(const Call& call, int head, bool with_sink, float maximum, float sum, float& factor,
+                                                 float& lse) {
   float total = sum, base = maximum;
   if (with_sink && call.sinks) {
     const float sink = call.sinks[head];

@@ -27,6 +27,15 @@ struct Rows {
   }
 };
 
+// The rows of one head, from the sequence's first token on. head: of q, or of k and v.
+static __device__ __forceinline__ Rows rows_of_head(const Call& call, const unsigned short* base, const long long (&stride)[4],
+                                                    int features, int vector, long long first_token, int b, int head) {
+  const long long sequence = call.cu_q ? 0 : b * stride[0];                   // packed sequences have no batch axis
+  const int* pages = call.table ? call.table + b * call.table_stride : nullptr;
+  return {base + sequence + head * stride[1] + first_token * stride[2], stride[2], stride[0], pages, call.page_size, int(stride[3]),
+          features, vector != 0};
+}
+
 // FEATURES features of ROWS rows, moved by THREADS threads.
 template <int ROWS, int FEATURES, int THREADS>
 struct Staged {
