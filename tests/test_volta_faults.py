@@ -57,7 +57,7 @@ FAULTS = {
         "scores.cuh", "max(0, position - call.left)", "max(0, position - call.left - 1)",
         (replace(PLAIN, name="window", window_size=(9, 2)),)),
     "whole tiles one key too many": Fault(
-        "attend.cuh", "key + KEYS <= whole_last", "key + KEYS <= whole_last + 1", (replace(CAUSAL, q_len=64, kv_len=129),)),
+        "attend.cuh", "key + KEYS <= whole_last", "key + KEYS <= whole_last + 1", (replace(CAUSAL, q_len=64, kv_len=126),)),
     "sums of values not rescaled": Fault(
         "attend.cuh", "out[r][f][e] *= rescale[bit(e, 1)];", ";", (replace(PLAIN, kv_len=150),)),
     "sum of weights not rescaled": Fault(
@@ -76,8 +76,9 @@ FAULTS = {
         "scores.cuh", "row.query + s.kv_len - s.q_len - (first_key", "row.query - (first_key", (replace(PLAIN, name="alibi", alibi=1),)),
     "softcap without its division": Fault(
         "scores.cuh", "tanhf(scores[t][e] * inverse)", "tanhf(scores[t][e])", (replace(PLAIN, name="softcap", softcap=3.0),)),
-    "a sink in every split": Fault(
-        "decode.cu", "close_row(call, head, call.splits == 1,", "close_row(call, head, true,", (replace(SPLIT, sinks=torch.float32),)),
+    "a sink forgotten where splits become one": Fault(
+        "combine.cu", "close_row(call, head, true,", "close_row(call, head, false,",
+        (replace(SPLIT, sinks=torch.float32, sink_values="large"),)),
     "splits weighed alike": Fault(
         "combine.cu", "if (share != 0.0f) total += share *", "if (share != 0.0f) total += sum / call.splits *", (SPLIT,)),
     "lse of base 2": Fault(
