@@ -66,7 +66,8 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("naive", "rows unpadded, keys in their own order, weights handed over behind a barrier of the block", 0, (KEYS_IN_ORDER, UNPADDED, BARRIER_FOR_P)),
+    Layout("naive", "rows unpadded, keys in their own order, weights handed over behind a barrier of the block", 0,
+           (KEYS_IN_ORDER, UNPADDED, BARRIER_FOR_P)),
     Layout("padded", "rows padded by 4 halves, keys in their own order", 4, (KEYS_IN_ORDER,)),
     Layout("ours", "padded, keys renumbered (csrc/volta/fragments.cuh)", 4, ()),
 )
@@ -157,7 +158,8 @@ def markdown(rows: list[dict], estimates: list[dict]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     lines += [f"| {r['variant']} | {r['layout']} | " + " | ".join(str(r["conflicts"][name]) for name in names) +
               f" | {r['wavefronts']} ({r['ideal_wavefronts']}) | {r['shared_bytes']} | {r['barriers']} |" for r in rows]
-    lines += ["", *(f"{layout.name}: {layout.what}." for layout in LAYOUTS), "Tile memory: K, V and the weights P.", "", "Estimate, not a measurement: least time of a causal fp16 prefill on a V100 by these counts; latencies, issue slots and",
+    lines += ["", *(f"{layout.name}: {layout.what}." for layout in LAYOUTS), "Tile memory: K, V and the weights P.", "",
+              "Estimate, not a measurement: least time of a causal fp16 prefill on a V100 by these counts; latencies, issue slots and",
               "the scalar instructions of the softmax are not in it.", "",
               "| B, Hq, Hkv, Sq, Skv, D | layout | bound by | ms at least | TFLOP/s at most |", "|---" * 5 + "|"]
     for each in estimates:
