@@ -4,12 +4,17 @@ The kernels are in tests/cuda/executor.cu. Counts of bank conflicts and sectors 
 anew: 32 banks of 4 bytes, phases of 32, 16 and 8 lanes for 4, 8 and 16 bytes, sectors of 32 bytes.
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from native import needs_compiler
 
+from hetero_attn.compiler import find_compiler
+from hetero_attn.testing.attention_cases import full_grid
 from hetero_attn.testing.simt import ORDERS, Program, SimtError, run_ranks
 
 SOURCE = Path(__file__).parent / "cuda" / "executor.cu"
@@ -237,6 +242,27 @@ def test_half_precision_rounds_as_torch_does(software):
     program.launch("convert", (-(-len(x) // 256),), (256,), [out, floats, x, len(x)])
     same = lambda a, b: torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
     assert same(floats, exact) and same(out, x.half())
+
+
+OVERRUN = """
+import torch
+from hetero_attn.testing.simt import Program
+data = torch.zeros(512, dtype=torch.uint8)
+Program({source!r}, sanitize=True).launch("touch", (1,), (32,), [data, data, 4, 4, {offset}, 0])
+print("ran to its end")
+"""
+
+
+@pytest.mark.skipif(not full_grid(), reason="run by `make test-full` (HETERO_ATTN_FULL=1)")
+@pytest.mark.parametrize(("offset", "fault"), [(0, False), (512 - 124, True)])
+def test_address_sanitizer_sees_a_step_beyond_a_tensor(offset, fault):
+    preload = subprocess.run([*find_compiler().command, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "LD_PRELOAD": preload.strip(), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", OVERRUN.format(source=str(SOURCE), offset=offset)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert ("ran to its end" in done.stdout) is not fault, done.stderr[-2000:]
+    assert ("AddressSanitizer: heap-buffer-overflow" in done.stderr) is fault
 
 
 def test_arguments_are_checked(plain):
