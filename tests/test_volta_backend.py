@@ -124,13 +124,16 @@ def test_importing_it_loads_no_cupy():
 
 
 def test_cupy_has_what_the_launcher_calls():
-    """Against the real package where it is installed (it imports without a GPU): names, and a struct by value as an array."""
+    """Against the real package where it is installed (it imports without a GPU): names, a struct by value as an array, CUDA 12."""
     cupy = pytest.importorskip("cupy", reason="cupy-cuda12x is not installed (pip install 'hetero-attn[cuda12]')")
-    assert "path" in cupy.RawModule.__init__.__doc__ if cupy.RawModule.__init__.__doc__ else hasattr(cupy, "RawModule")
-    assert hasattr(cupy.RawModule, "get_function") and hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
     from cupy.cuda import function
 
-    assert hasattr(function, "CNumpyArray") or "CNumpyArray" in dir(function) or hasattr(cupy.cuda, "ExternalStream")
+    assert hasattr(function, "CNumpyArray") and hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
+    assert "path (str)" in cupy.RawModule.__doc__ and cupy.cuda.runtime.runtimeGetVersion() // 1000 == 12
+    assert cupy.cuda.ExternalStream(0, 0).ptr == 0
+    if not torch.cuda.is_available():
+        with pytest.raises(cupy.cuda.runtime.CUDARuntimeError):
+            cupy.RawModule(path="absent.cubin").get_function("volta_forward")
 
 
 @needs_compiler
