@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives prove-links schema table build wheel wheel-prebuilt clean
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -55,6 +55,9 @@ bench-cpu: $(VENV)/.bench      ## the cpu backend beside its peers and the machi
 
 bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the cost model (6 minutes, accuracy 30 more; BENCH="--without accuracy")
 	$(BIN)/python benchmarks/collectives.py $(BENCH)
+
+bench-volta-layout: $(VENV)/.dev   ## bank conflicts of the Volta kernels by shared-memory layout, counted on the CPU (a minute)
+	$(BIN)/python benchmarks/volta_layout.py $(BENCH)
 
 prove-links:               ## emulated 300 Mbit/s, 1 ms links between 4 ranks (root only): what they measure to be
 	$(PYTHON) benchmarks/links.py --ranks 4 --rate 300 --delay 1 --prove

@@ -51,5 +51,5 @@ class PrebuiltKernels(BuildHookInterface):
         done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise RuntimeError("HETERO_ATTN_PREBUILD is set, and the kernels could not be built (see above); they need a C++ compiler, and "
-                               "torch in this environment (pip wheel --no-build-isolation)")
+                               "torch and NVRTC 12 in this environment (pip install '.[dev]'; pip wheel --no-build-isolation)")
         return json.loads(done.stdout)["kernels"]

@@ -17,6 +17,7 @@ from hetero_attn.spec import AttentionSpec, Operands
 
 if TYPE_CHECKING:
     from hetero_attn.communicator import Communicator
+    from hetero_attn.cubin import Cubin
     from hetero_attn.jit import Kernel
     from hetero_attn.profile import DeviceProfile
 
@@ -96,7 +97,7 @@ class Backend:
         """
         return None
 
-    def kernels(self) -> list[Kernel]:
+    def kernels(self) -> list[Kernel] | list[Cubin]:
         """(optional) Every native kernel of this backend that a compiler for this processor family can build, whether or not this machine
         will use it: `used_here` says that, `arch` is the label ('avx2'). `hetero-attn build` and prebuilt wheels go by this list, so it
         touches no device and compiles nothing. At run time a backend calls Kernel.load() and turns a BuildError into a reason.

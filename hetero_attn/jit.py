@@ -178,6 +178,10 @@ class Kernel:
         except OSError as error:
             raise BuildError(f"kernel {self.name} was built as {path} and does not load: {error}") from None
 
+    def checked(self) -> Path:
+        """The object as this machine will use it: built, and loaded to see that it can be. Raises BuildError."""
+        return Path(self.load()._name)
+
     # -- making it
 
     def _compile(self, force: bool, progress: Progress | None = None, into: Path | None = None) -> Path:

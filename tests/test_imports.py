@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"spec", "environment", "profile_fields", "hardware", "profile_yaml", "profile_detect", "profile", "overlay", "profile_schema", "norm",
      "product", "collective_arguments", "host_memory"},
-    {"backend", "communicator", "jit", "artifacts", "compiler"},
+    {"backend", "communicator", "jit", "cubin", "artifacts", "compiler"},
     {"reference"},
     {"registry"},
     {"arguments", "ops", "library", "explain", "collectives"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"integrations", "cli", "testing", "__main__"},
 ]
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
-BACKENDS_MAY_IMPORT = {"spec", "profile", "backend", "communicator", "jit", "artifacts", "environment", "norm", "product",
+BACKENDS_MAY_IMPORT = {"spec", "profile", "backend", "communicator", "jit", "cubin", "artifacts", "environment", "norm", "product",
                        "collective_arguments"}
 
 

@@ -114,7 +114,7 @@ def made(kernel: Kernel, into: Path | None, force: bool, progress) -> Row:
         before, digest = None if force else kernel.find(into), kernel.digest
         path = kernel.build(force=force, progress=progress, into=into)
         if kernel.used_here and not into:
-            path = Path(kernel.load()._name)
+            path = kernel.checked()
     except BuildError as error:
         if error.output:
             print("\n".join([*str(error).splitlines()[:2], error.output]), file=sys.stderr, flush=True)      # what, the command, all of it
