@@ -53,7 +53,7 @@ test-ascend: $(VENV)/.dev  ## the ascend backend against the real torch-npu and 
 	    TORCH_DEVICE_BACKEND_AUTOLOAD=0 $$npu -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_contract.py tests/test_ascend_hccl.py || [ $$? -eq 5 ]; \
 	elif [ $$? -eq 3 ]; then echo "test-ascend: torch_npu's part skipped, see above"; else exit 1; fi
 	@if triton=$$($(BIN)/python tests/ascend_environment.py triton-ascend); then \
-	    TRITON_INTERPRET=1 $$triton -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_kernel.py && \
+	    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $$triton -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_kernel.py && \
 	    $$triton -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_lowering.py; \
 	elif [ $$? -eq 3 ]; then echo "test-ascend: triton-ascend's part skipped, see above"; else exit 1; fi
 
