@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -40,9 +40,25 @@ demo: $(VENV)/.run         ## stream a completion of a Python prompt by examples
 
 test: $(VENV)/.dev         ## the quick whole: reduced grids, real ranks
 	$(BIN)/python -m pytest -q tests hetero_attn/testing
+	$(MAKE) --no-print-directory test-ascend
 
 test-full: $(VENV)/.dev    ## full grids and long fuzzing
 	HETERO_ATTN_FULL=1 $(BIN)/python -m pytest -q tests hetero_attn/testing --timeout=3000
+	HETERO_ATTN_FULL=1 $(MAKE) --no-print-directory test-ascend
+
+# torch_npu breaks `import torch` without CANN, and triton-ascend is the package `triton`: an environment each, made once in .venv-ascend,
+# which sees $(VENV) behind its own packages. Where a wheel cannot be had (exit code 3) its tests are skipped, and it says so.
+test-ascend: $(VENV)/.dev  ## the ascend backend against the real torch-npu and triton-ascend wheels, without an NPU
+	@if npu=$$($(BIN)/python tests/ascend_environment.py torch-npu); then \
+	    TORCH_DEVICE_BACKEND_AUTOLOAD=0 $$npu -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_contract.py tests/test_ascend_hccl.py || [ $$? -eq 5 ]; \
+	elif [ $$? -eq 3 ]; then echo "test-ascend: torch_npu's part skipped, see above"; else exit 1; fi
+	@if triton=$$($(BIN)/python tests/ascend_environment.py triton-ascend); then \
+	    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $$triton -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_kernel.py && \
+	    $$triton -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_lowering.py; \
+	elif [ $$? -eq 3 ]; then echo "test-ascend: triton-ascend's part skipped, see above"; else exit 1; fi
+
+npu-check:                 ## on an Ascend NPU: run the suites and write the page to send back (says what it needs elsewhere)
+	$(PYTHON) benchmarks/npu_check.py $(CHECK)
 
 lint: $(VENV)/.dev         ## ruff
 	$(BIN)/ruff check .
@@ -58,6 +74,9 @@ bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the c
 
 bench-volta-layout: $(VENV)/.dev   ## bank conflicts of the Volta kernels by shared-memory layout, counted on the CPU (a minute)
 	$(BIN)/python benchmarks/volta_layout.py $(BENCH)
+
+bench-ascend-model: $(VENV)/.bench   ## two levels of tiling against one on Ascend chips, by the executable model (a model, no NPU; 2 minutes)
+	$(BIN)/python benchmarks/ascend_model.py $(BENCH)
 
 prove-links:               ## emulated 300 Mbit/s, 1 ms links between 4 ranks (root only): what they measure to be
 	$(PYTHON) benchmarks/links.py --ranks 4 --rate 300 --delay 1 --prove
@@ -78,4 +97,4 @@ wheel-prebuilt: $(VENV)/.dev   ## the same with the native kernels compiled into
 	HETERO_ATTN_PREBUILD=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
 clean:             ## remove the virtual environment and what was built
-	rm -rf $(VENV) dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .venv-ascend dist .pytest_cache .hypothesis .ruff_cache

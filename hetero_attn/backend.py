@@ -58,6 +58,11 @@ class Backend:
         """(optional) What the user should know about a call that runs: a slow route, for example. Shown by explain."""
         return []
 
+    def tiling(self, spec: AttentionSpec, profile: DeviceProfile) -> Any | None:
+        """(optional) How its own kernel would cut the call on the profile's device: an object that prints (str) and has to_dict(), or None
+        where there is nothing to tell. Shown by `hetero-attn explain --tiling`. Raises ValueError for a call that no tiling fits."""
+        return None
+
     def notes(self) -> list[str]:
         """(optional) What the user should know of this backend on this machine, whatever the call: which of its kernels serve, and
         what they have been verified on. Asked only where it is available; shown by `hetero-attn doctor`.

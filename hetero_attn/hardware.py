@@ -41,6 +41,7 @@ class Hardware:
     shared_memory_bytes: int | None = setting("Shared memory that one block may use (CUDA), bytes", default=None, minimum=1)
     l1_bytes: int | None = setting("L1 buffer of one AI core (Ascend) or L1 data cache of one core (CPU), bytes", default=None, minimum=1)
     l2_bytes: int | None = setting("L2 cache: of one core (CPU) or of the device, bytes", default=None, minimum=1)
+    l2_gbps: float | None = setting("L2 cache bandwidth of the whole device, GB/s (1e9 bytes)", default=None, above=0)
     l3_bytes: int | None = setting("L3 cache that the cores share (CPU), bytes", default=None, minimum=1)
     l0a_bytes: int | None = setting("Left operand buffer of the matrix unit, bytes", default=None, minimum=1)
     l0b_bytes: int | None = setting("Right operand buffer of the matrix unit, bytes", default=None, minimum=1)

@@ -204,6 +204,7 @@ def instances(draw, cls, prefix=""):
             given_values["detect"] = dataclasses.replace(given_values["detect"], cuda_capability=None)
         if given_values["algorithm"] in ("native", "ring", "tree"):
             given_values["codec"] = draw(st.sampled_from(("none", "auto")))
+        given_values |= {name: 4096 * (1 + given_values[name] // 4096) for name in ("shared_stage_bytes", "shared_heap_bytes")}    # pages
     return cls(**given_values)
 
 

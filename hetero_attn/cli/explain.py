@@ -41,6 +41,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     where.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the profile (repeatable)")
     where.add_argument("--device", metavar="TYPE", help="torch device type (default: the profile's)")
     where.add_argument("--backend", metavar="NAME", help="ask for one backend by name")
+    parser.add_argument("--tiling", action="store_true", help="show how the profile's backends would cut the call for cores and buffers")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -55,9 +56,39 @@ def run(args) -> int:
     profile = load_profile(args.profile, sets=args.set, device=known)        # mps, xpu: judged by this machine's best profile
     if args.backend:
         registry.get(args.backend)
-    explanation = explain_spec(spec_of(args, args.device or profile.device), profile, args.backend)
-    print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
+    spec = spec_of(args, args.device or profile.device)
+    explanation = explain_spec(spec, profile, args.backend)
+    tilings = tilings_of(spec, profile, args.backend) if args.tiling else {}
+    if args.json:
+        shown = {name: tiling if isinstance(tiling, str) else tiling.to_dict() for name, tiling in tilings.items()}
+        print(json.dumps(explanation.to_dict() | ({"tiling": shown} if args.tiling else {}), indent=2))
+    else:
+        print(explanation)
+        for name, tiling in tilings.items():
+            print(f"\ntiling by {name}\n{tiling}")
     return 0 if explanation.chosen else 1
+
+
+def tilings_of(spec, profile, asked: str | None) -> dict:
+    """Backend -> its tiling of the call, or the words why there is none; of the backend asked for, else of every one that plans tiles.
+    Raises CommandError where none does."""
+    from hetero_attn import registry
+    from hetero_attn.backend import Backend
+    from hetero_attn.cli.errors import CommandError
+
+    names = [asked] if asked else registry.names()
+    planning = [name for name in names if type(registry.find(name)).tiling is not Backend.tiling]
+    if not planning:
+        raise CommandError(f"--tiling: {', '.join(names)} plans no tiles from a profile's numbers; leave --backend out")
+    found = {}
+    for name in planning:
+        try:
+            tiling = registry.find(name).tiling(spec, profile)
+        except ValueError as error:
+            tiling = str(error)
+        if tiling is not None:
+            found[name] = tiling
+    return found
 
 
 def spec_of(args, device: str):

@@ -59,13 +59,14 @@ def make_communicator(name: str, timeout_s: float = 30.0) -> Communicator:
 
 def communicators() -> list[str]:
     """What the suite runs: HETERO_ATTN_TEST_COMMUNICATORS, else the solo one, torch.distributed's own collectives and each algorithm over
-    it, and every backend that has a communicator."""
+    it, and every backend of this machine that has a communicator."""
     if os.environ.get(VARIABLE):
         return [name.strip() for name in os.environ[VARIABLE].split(",") if name.strip()]
     from hetero_attn import registry
     from hetero_attn.backend import Backend
 
-    own = [name for name in registry.names() if type(registry.get(name)).communicator is not Backend.communicator]
+    having = [name for name in registry.names() if type(registry.get(name)).communicator is not Backend.communicator]
+    own = [name for name in having if not registry.unavailable(registry.get(name))]
     return ["solo", BASE, *(f"{BASE}-{algorithm}" for algorithm in NAMES), *own]
 
 
