@@ -15,13 +15,17 @@ import torch
 
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.agreement import check_agreement
+from hetero_attn.models.budget import Room, stream
 from hetero_attn.models.calibration import share_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.weights import Checkpoint, log
 from hetero_attn.parallel.sharding import VOCABULARIES
 from hetero_attn.profile import DeviceProfile, load_profile
+from hetero_attn.quantity import parse_bytes
 from hetero_attn.registry import linear_backend
+
+CACHE_TOKENS = 2048             # that a memory budget leaves room for, unless the caller knows
 
 
 def load_model(
@@ -33,6 +37,10 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     vocabulary: str | None = None,
+    memory_budget: int | str | None = None,
+    window: int | None = None,
+    cache_tokens: int | None = None,
+    cache_sequences: int = 1,
 ) -> Decoder:
     """This rank's part of the model in `path` (config.json, *.safetensors).
 
@@ -42,6 +50,10 @@ def load_model(
     dtype       torch.dtype, its name or 'auto'; None: the profile's, whose 'auto' is the checkpoint's. Slices are cast one by one
     progress    called with (done_bytes, total_bytes) of this rank's own slices
     vocabulary  'sharded' or 'master'; None: the profile's
+    memory_budget  of this whole process, bytes or '3GiB': weights that do not fit are streamed from the disk for every token; None: the
+                profile's, without which all weights are held. decoder.memory is then the plan (models/budget.py)
+    window      blocks (attention or MLP of a layer) that the streaming window holds; None: the profile's, else what is quickest
+    cache_tokens, cache_sequences  what the budget must leave room for in the KV cache (default: 2048 tokens or the context, one sequence)
 
     Raises ModelError (one line: what was found, what was expected, what to do), ProfileError, CommunicatorError.
     """
@@ -60,6 +72,8 @@ def load_model(
         raise ModelError(f"vocabulary is {vocabulary!r}, expected one of {', '.join(VOCABULARIES)}")
     # the whole model's tensors, on no memory: a fault in a part that only some ranks read must stop all of them
     checkpoint.check(Decoder(config, Communicator(0, 1), dtype=chosen, device="meta").shards(set(checkpoint.entries)))
+    budget, blocks = _budget(memory_budget, profile), window or profile.window
+    streams = budget is not None or blocks is not None
     made = communicator is None
     if made:
         from hetero_attn.collectives import init_communicator  # torch.distributed, which a given communicator may do without
@@ -69,15 +83,23 @@ def load_model(
         if tp is not None and tp != communicator.world_size:
             raise ModelError(f"tp is {tp}, but {communicator.world_size} ranks are running; start the program with "
                              f"torchrun --nproc-per-node={tp}, or leave tp out")
+        if streams and communicator.device.type != "cpu":
+            raise ModelError(f"a memory budget streams weights to the cpu's memory, this rank runs on {communicator.device}; "
+                             "leave --memory-budget and window out there")
         check_agreement(config, chosen, vocabulary, communicator)
         share_calibration(profile, config, communicator)
+        made_on = "meta" if streams else communicator.device
         decoder = Decoder(
-            config, communicator, dtype=chosen, device=communicator.device, vocabulary=vocabulary,
+            config, communicator, dtype=chosen, device=made_on, vocabulary=vocabulary,
             kv_block_size=profile.kv_block_size, profile=profile,
         )
         decoder.use_backend(linear_backend(profile))
         shards = list(decoder.shards(set(checkpoint.entries)))
-        checkpoint.load(shards, progress)
+        if streams:
+            room = Room(budget, blocks, cache_tokens or min(CACHE_TOKENS, config.context_length), cache_sequences, profile.prefill_chunk)
+            stream(decoder, checkpoint, room, communicator.device, progress)
+        else:
+            checkpoint.load(shards, progress)
     except BaseException:
         if made:
             communicator.close()
@@ -88,6 +110,16 @@ def load_model(
             log.warning("%s: %d tensors belong to nothing in this architecture and are not used, for example %s",
                         path, len(unused), unused[0])
     return decoder.eval()
+
+
+def _budget(asked: int | str | None, profile: DeviceProfile) -> int | None:
+    asked = asked if asked is not None else profile.memory_budget
+    if not isinstance(asked, str):
+        return asked
+    try:
+        return parse_bytes(asked)
+    except ValueError as error:
+        raise ModelError(f"memory budget {error}") from None
 
 
 def _dtype(asked: torch.dtype | str, config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:

@@ -7,12 +7,13 @@ cast on the way: what a rank holds besides its parameters is one slice's pages.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,47 @@ DERIVED = (".rotary_emb.inv_freq", ".self_attn.masked_bias", ".self_attn.bias")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint: its file, the format's dtype name, its shape."""
+    """One tensor of the checkpoint: its file, the format's dtype name, the whole tensor's shape, and the byte of the file where it begins.
+
+    stored: the part of it that the file has, a range a dimension; () = all of it. key: its name there, where that is another. checks:
+    sha256 of every check_rows stored rows.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    stored: tuple[range, ...] = ()
+    checks: tuple[str, ...] = ()
+    check_rows: int = 0
+    key: str = ""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return tuple(map(len, self.stored)) if self.stored else self.shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return DTYPES[self.dtype].itemsize * torch.Size(self.stored_shape[1:]).numel()
+
+    def within(self, own: Sequence[range]) -> tuple[range, ...]:
+        """The slice `own` of the whole tensor as a slice of what is stored. Raises ModelError where it is not all there."""
+        if not self.stored:
+            return tuple(own)
+        own = (*own, *map(range, self.shape[len(own):]))
+        for wanted, held in zip(own, self.stored):
+            if len(wanted) and not (held.start <= wanted.start and wanted.stop <= held.stop):
+                raise ModelError(f"{self.file} holds {held.start} to {held.stop} of a tensor, {wanted.start} to {wanted.stop} are asked for; "
+                                 "start as many ranks as the folder was made for")
+        return tuple(range(wanted.start - held.start, wanted.stop - held.start) if len(wanted) else range(0)
+                     for wanted, held in zip(own, self.stored))
+
+    def checked_rows(self) -> Iterator[tuple[int, int, str]]:
+        """(first row, past the last, sha256) of what has a checksum of its own."""
+        rows = self.stored_shape[0]
+        for number, digest in enumerate(self.checks):
+            yield number * self.check_rows, min((number + 1) * self.check_rows, rows), digest
 
 
 class Checkpoint:
@@ -47,6 +83,7 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.entries: dict[str, Entry] = {}
+        self._checked: set[str] = set()
         index = self.path / INDEX
         if index.exists():
             placed = _weight_map(index)
@@ -109,18 +146,30 @@ class Checkpoint:
         for file, wanted in by_file.items():
             with _opened(file) as opened:
                 for shard in wanted:
-                    _copy(opened.get_slice(shard.name), shard)
+                    self._copy(opened, shard)
                     done += self.bytes_of(shard)
                     if progress is not None:
                         progress(done, total)
         return done
 
+    @torch.no_grad()
+    def _copy(self, opened, shard: Shard) -> None:
+        """The one place that touches weights: a view of the mapped file, copied (cast, moved to the device) into the parameter."""
+        entry = self.entries[shard.name]
+        if entry.checks and shard.name not in self._checked:
+            self._checked.add(shard.name)
+            check_tensor(opened.get_slice(entry.key or shard.name), entry, shard.name)
+        if shard.into.numel():
+            own = tuple(slice(part.start, part.stop) for part in entry.within(shard.own))
+            shard.into.copy_(opened.get_slice(entry.key or shard.name)[own or slice(None)])
 
-@torch.no_grad()
-def _copy(tensor, shard: Shard) -> None:
-    """The one place that touches weights: a view of the mapped file, copied (cast, moved to the device) into the parameter."""
-    if shard.into.numel():
-        shard.into.copy_(tensor[shard.index or slice(None)])
+
+def check_tensor(opened, entry: Entry, name: str) -> None:
+    """Raises ModelError when a stored tensor's bytes are not those its checksums were made of. opened: its safetensors slice."""
+    for start, stop, digest in entry.checked_rows():
+        if hashlib.sha256(opened[start:stop].contiguous().view(torch.uint8).numpy()).hexdigest() != digest:
+            raise ModelError(f"{entry.file} is damaged: the checksum of {name} is not that of its export; "
+                             "copy the folder again, or run hetero-attn shard again")
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -133,7 +182,8 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise ModelError(f"{file} is not a whole safetensors file ({size} bytes, header cut off or not one); fetch the file again")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        entries = {name: Entry(file, info["dtype"], tuple(info["shape"]), info["data_offsets"][0]) for name, info in header.items()}
+        entries = {name: Entry(file, info["dtype"], tuple(info["shape"]), 8 + length + info["data_offsets"][0])
+                   for name, info in header.items()}
         end = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist, and the checkpoint needs it; fetch the checkpoint again") from None
