@@ -20,12 +20,13 @@ from hetero_attn.communicator import Communicator
 from hetero_attn.models.calibration import CALIBRATED, find_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig
 from hetero_attn.models.decoder import Decoder
-from hetero_attn.models.generate import generation_config, prompt_ids
+from hetero_attn.models.generate import CACHE_TOKENS, MAX_BATCH, generation_config, new_token_limit, prompt_ids
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.models.weights import Checkpoint
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.profile_detect import present_device
+from hetero_attn.quantity import parse_bytes
 from hetero_attn.spec import AttentionSpec
 
 LONGEST_TIMEOUT_S = 1_000_000       # torch's store counts 32-bit milliseconds
@@ -53,6 +54,8 @@ class Request:
     echo: bool
     interactive: bool               # a conversation with whoever is at standard input
     bar: bool | None
+    cache_tokens: int | None        # the longest that the prompts and their texts can get; None where rank 0 alone knows
+    cache_sequences: int
 
 
 def checked(args, world_size: int, *, rank: int = 0) -> Request:
@@ -84,10 +87,12 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         runs_on=_backend(args.backend, config, world_size, dtype, device, profile), dtype=dtype, device=args.device, vocabulary=vocabulary,
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
-        bar=True if args.progress else None,
+        bar=True if args.progress else None, cache_tokens=None, cache_sequences=1,
     )
-    for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts)):
-        prompt_ids(prompt, config, tokenizer, name)
+    ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
+    if ids:
+        longest = sum(len(each) + new_token_limit(each, params, config) for each in ids)
+        request = replace(request, cache_tokens=min(longest, CACHE_TOKENS), cache_sequences=min(len(ids), MAX_BATCH))
     if request.interactive:
         tokenizer.chat([*opening(request), {"role": "user", "content": "?"}])
     return request
@@ -111,11 +116,23 @@ def _names(prompts: Sequence[str]) -> list[str]:
 
 
 def _sets(args) -> list[str]:
-    if args.timeout is None:
-        return args.set
-    if not 0 < args.timeout <= LONGEST_TIMEOUT_S:
-        raise CommandError(f"--timeout is {args.timeout:g}, expected seconds: above 0, at most {LONGEST_TIMEOUT_S}")
-    return [*args.set, f"timeout_s={args.timeout:f}"]           # YAML takes 1e-05 for a string
+    """--set and the options that are profile values by another name."""
+    sets = list(args.set)
+    if args.memory_budget is not None:
+        try:
+            parse_bytes(args.memory_budget)
+        except ValueError as error:
+            raise CommandError(f"--memory-budget: {error}") from None
+        sets.append(f"memory_budget={args.memory_budget.strip()}")
+    if args.window is not None:
+        if args.window < 1:
+            raise CommandError(f"--window is {args.window}, expected at least 1 block")
+        sets.append(f"window={args.window}")
+    if args.timeout is not None:
+        if not 0 < args.timeout <= LONGEST_TIMEOUT_S:
+            raise CommandError(f"--timeout is {args.timeout:g}, expected seconds: above 0, at most {LONGEST_TIMEOUT_S}")
+        sets.append(f"timeout_s={args.timeout:f}")                # YAML takes 1e-05 for a string
+    return sets
 
 
 def _params(args, tokenizer: Tokenizer) -> SamplingParams:

@@ -18,12 +18,14 @@ import torch
 
 from hetero_attn.cli.chat import converse
 from hetero_attn.cli.errors import REFUSED, CommandFailed, report
-from hetero_attn.cli.output import TextPrinter, report_json, report_speed
+from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_speed
 from hetero_attn.cli.progress import ByteProgress
 from hetero_attn.cli.request import Request, as_prompts
 from hetero_attn.collectives import init_communicator
+from hetero_attn.models.budget import peak_bytes
 from hetero_attn.models.control import Driver, serve
-from hetero_attn.models.generate import generate
+from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.generate import Generation, generate
 from hetero_attn.models.load import load_model
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.parallel.launch import RankFailure, run_ranks
@@ -44,14 +46,18 @@ def work(request: Request) -> int:
         model = load_model(
             request.model, request.profile, communicator=communicator, dtype=request.dtype, vocabulary=request.vocabulary,
             progress=ByteProgress("loading weights", bar=request.bar) if first else None,
+            cache_tokens=request.cache_tokens, cache_sequences=request.cache_sequences,
         )
+        tell_plan(model)
         if not first:
             serve(model)
+            gather_peaks(model)
             return 0
         load_s = time.perf_counter() - started
         try:
             with Driver(model) as driver:
-                drive(driver, request, load_s)
+                results = drive(driver, request)
+            summarise(request, results, load_s, model)
         except (*REFUSED, BrokenPipeError) as error:
             if driver.broken:
                 raise
@@ -59,8 +65,8 @@ def work(request: Request) -> int:
     return 0
 
 
-def drive(driver: Driver, request: Request, load_s: float) -> None:
-    """Rank 0's part with the model loaded."""
+def drive(driver: Driver, request: Request) -> list[Generation]:
+    """Rank 0's part with the model loaded: prints the texts, unless they are to come as JSON, and returns them."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")               # a terminal that cannot show a character is no reason to stop
     tokenizer = Tokenizer.from_dir(request.model)
@@ -70,13 +76,38 @@ def drive(driver: Driver, request: Request, load_s: float) -> None:
         echo = request.prompts if request.echo else ()
         printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo)
         results = generate(driver.model, as_prompts(request, tokenizer), request.params, tokenizer=tokenizer, stream=printer, driver=driver)
-    codecs = driver.model.communicator.codecs
+    return results
+
+
+def summarise(request: Request, results: list[Generation], load_s: float, model: Decoder) -> None:
+    """What rank 0 says at the end, when the others have been released. The last word with them is how much memory each has held."""
+    peaks, codecs = gather_peaks(model), model.communicator.codecs
     traffic = None if codecs is None else codecs.traffic
     if request.json:
-        report_json(request, results, load_s, traffic)
+        report_json(request, results, load_s, traffic, peaks)
     report_speed(request, results)
+    report_peaks(peaks)
     if traffic is not None and traffic.sites:
         print(f"codec, on rank 0: {traffic.summary()}", file=sys.stderr, flush=True)
+
+
+def tell_plan(model: Decoder) -> None:
+    """Every rank's memory plan on stderr, in rank order, where weights are streamed."""
+    for rank in range(model.communicator.world_size if model.memory is not None else 0):
+        if rank == model.communicator.rank:
+            print(model.memory.summary(rank), file=sys.stderr, flush=True)
+        if model.communicator.world_size > 1:
+            model.communicator.barrier(site="memory")
+
+
+def gather_peaks(model: Decoder) -> list[dict[str, int]]:
+    """Budget (0: none), predicted and measured peak of every rank, in bytes; [] where no weights are streamed. All ranks call it together."""
+    if model.memory is None:
+        return []
+    own = torch.tensor([[model.memory.budget or 0, model.memory.predicted, peak_bytes()]], device=model.communicator.device)
+    if model.communicator.world_size > 1:
+        own = model.communicator.all_gather(own, sizes=[1] * model.communicator.world_size, site="memory")
+    return [dict(zip(("budget", "predicted", "measured"), row)) for row in own.tolist()]
 
 
 def in_own_ranks(request: Request) -> int:

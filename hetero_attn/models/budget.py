@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,8 +53,8 @@ class MemoryPlan:
     read_bytes: int                                 # from the disk, a token
     compute_s: float                                # and what a token takes beside reading
     reduce_s: float
+    tokens: int                                     # the cache it leaves room for
     budget: int | None = None
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def predicted(self) -> int:
@@ -101,6 +101,10 @@ def stream(
     decoder.memory is the MemoryPlan, decoder.window the WeightWindow. Raises ModelError when the room is too small, WindowError for a file
     that is damaged.
     """
+    if decoder.communicator.world_size > 1:                              # rank 0 alone knows the prompts, and their lengths
+        cache = torch.tensor([room.tokens, room.sequences], dtype=torch.int64, device=device)
+        tokens, sequences = decoder.communicator.broadcast(cache, site=SITE).tolist()
+        room = replace(room, tokens=tokens, sequences=sequences)
     layout = Layout(decoder, checkpoint)
     materialise(decoder, layout, device)
     names = set(checkpoint.entries)
@@ -239,7 +243,7 @@ def plan(layout: Layout, rates: Rates, decoder: Decoder, room: Room, *, head: bo
     return MemoryPlan(
         parts=fixed | {"window": found.ring_bytes, "resident weights": stays}, residency=found, rates=rates, pieces=len(works),
         read_bytes=found.read_bytes(works), compute_s=sum(work.compute_s for work in works), reduce_s=sum(work.reduce_s for work in works),
-        budget=room.budget,
+        tokens=room.tokens, budget=room.budget,
     )
 
 

@@ -68,8 +68,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """One rank of a tensor-parallel decoder. Made by load_model; parameters are empty until the checkpoint's shards are read.
 
-    config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes.
+    config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes; memory and
+    window are the plan and the WeightWindow of a model that streams its weights (models/budget.py), else None.
     """
+
+    memory = window = None
 
     def __init__(
         self,

@@ -106,6 +106,9 @@ class GenerationStream:
             tokenizer = tokenizer or tokenizer_of(model, needed=any(isinstance(prompt, str) for prompt in prompts))
             sequences = sequences_of(model, prompts, params, tokenizer)
             running = [sequence for sequence in sequences if sequence.limit]
+            memory = getattr(model, "memory", None)
+            if cache_tokens is None and memory is not None and memory.budget is not None:
+                cache_tokens = memory.tokens                     # what the memory budget left room for
             self.cache_tokens = _cache_tokens(running, max_batch, cache_tokens)
             self._pieces = _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, self.cache_tokens)
         except BaseException:
@@ -287,5 +290,5 @@ def _cache_tokens(sequences: SequenceOf[Sequence], max_batch: int, asked: int | 
         return 0
     if asked is not None and asked < needs[0]:
         raise ModelError(f"a prompt with its new tokens needs a cache of {needs[0]} tokens, cache_tokens is {asked}; "
-                         "raise it, or ask for fewer new tokens")
+                         "raise it (a memory budget's is load_model's), or ask for fewer new tokens")
     return min(sum(needs[:max_batch]), max(needs[0], asked or CACHE_TOKENS))
