@@ -21,9 +21,12 @@ from hetero_attn.models.calibration import CALIBRATED, find_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import CACHE_TOKENS, MAX_BATCH, generation_config, new_token_limit, prompt_ids
+from hetero_attn.models.load import open_model, own_partition
 from hetero_attn.models.sampling import SamplingParams
+from hetero_attn.models.shard_folder import rank_folder
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.models.weights import Checkpoint
+from hetero_attn.parallel.sharding import Partition
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.profile_detect import present_device
 from hetero_attn.quantity import parse_bytes
@@ -67,19 +70,20 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         raise CommandError("--echo prints prompts before their text: leave it out with --json and --chat")
     if args.system is not None and not args.chat:
         raise CommandError("--system is the first message of a conversation: give --chat too")
-    config = ModelConfig.from_dir(args.model)
-    checkpoint = Checkpoint(args.model)
-    profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=config.path.resolve().name)
+    folder = rank_folder(args.model, rank, world_size)
+    config, checkpoint = open_model(folder)
+    profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=Path(args.model).resolve().name)
     device = present_device(args.device if args.device is not None else profile.device)
     if profile.codec == CALIBRATED and world_size > 1 and rank == 0:
         find_calibration(profile, config, world_size, device)
     if device.type != profile.device:
         raise CommandError(f"--device is {args.device}, profile {profile.name!r} is for {profile.device}; leave one of the two out")
-    vocabulary = args.vocabulary or profile.vocabulary
+    vocabulary = args.vocabulary or (checkpoint.manifest or profile).vocabulary
     dtype = _dtype(args.dtype or profile.dtype, config, checkpoint)
-    _check_weights(config, checkpoint, world_size, vocabulary)
-    tokenizer = Tokenizer.from_dir(args.model)
-    params = _params(args, tokenizer)
+    partition = own_partition(checkpoint, rank, world_size, vocabulary)
+    _check_weights(config, checkpoint, rank, world_size, vocabulary, partition)
+    tokenizer = Tokenizer.from_dir(folder) if rank == 0 else None            # a worker's folder has none
+    params = _params(args, folder)
     sources = _sources(args)
     prompts = tuple(text if kind == "text" else _read(text) for kind, text in sources) if rank == 0 else ()
     request = Request(
@@ -93,7 +97,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     if ids:
         longest = sum(len(each) + new_token_limit(each, params, config) for each in ids)
         request = replace(request, cache_tokens=min(longest, CACHE_TOKENS), cache_sequences=min(len(ids), MAX_BATCH))
-    if request.interactive:
+    if request.interactive and rank == 0:
         tokenizer.chat([*opening(request), {"role": "user", "content": "?"}])
     return request
 
@@ -135,13 +139,13 @@ def _sets(args) -> list[str]:
     return sets
 
 
-def _params(args, tokenizer: Tokenizer) -> SamplingParams:
+def _params(args, folder: Path) -> SamplingParams:
     given = {name: getattr(args, name) for name in SAMPLING}
-    stored = generation_config(args.model)
+    stored = generation_config(folder)
     try:
         SamplingParams.from_generation_config(stored)
     except (TypeError, ValueError) as error:
-        raise CommandError(f"{args.model}/generation_config.json: {error}") from None
+        raise CommandError(f"{folder}/generation_config.json: {error}") from None
     try:
         params = SamplingParams.from_generation_config(stored, **given, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
     except (TypeError, ValueError) as error:
@@ -174,9 +178,12 @@ def _dtype(name: str, config: ModelConfig, checkpoint: Checkpoint) -> torch.dtyp
     return (config.dtype or checkpoint.dtype) if name == "auto" else DTYPES[name]
 
 
-def _check_weights(config: ModelConfig, checkpoint: Checkpoint, world_size: int, vocabulary: str) -> None:
-    """Every tensor the model needs is in the checkpoint, in its shape and a usable dtype, and can be cut for this many ranks."""
-    shape = Decoder(config, Communicator(0, world_size, device="meta"), dtype=torch.float32, device="meta", vocabulary=vocabulary)
+def _check_weights(
+    config: ModelConfig, checkpoint: Checkpoint, rank: int, world_size: int, vocabulary: str, partition: Partition | None
+) -> None:
+    """Every tensor the rank needs is in the checkpoint, in its shape and a usable dtype, and can be cut for this many ranks."""
+    shape = Decoder(config, Communicator(rank, world_size, device="meta"), dtype=torch.float32, device="meta", vocabulary=vocabulary,
+                    partition=partition)
     checkpoint.check(shape.shards(set(checkpoint.entries)))
 
 

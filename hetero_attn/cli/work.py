@@ -69,7 +69,7 @@ def drive(driver: Driver, request: Request) -> list[Generation]:
     """Rank 0's part with the model loaded: prints the texts, unless they are to come as JSON, and returns them."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")               # a terminal that cannot show a character is no reason to stop
-    tokenizer = Tokenizer.from_dir(request.model)
+    tokenizer = Tokenizer.from_dir(driver.model.config.path)
     if request.interactive:
         results = converse(driver, tokenizer, request)
     else:

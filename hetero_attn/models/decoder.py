@@ -84,11 +84,13 @@ class Decoder(nn.Module):
         vocabulary: str = "sharded",
         kv_block_size: int = 16,
         profile=None,
+        partition: Partition | None = None,
     ):
-        """Raises ModelError when the model cannot be cut for this world size (the text lists the sizes that work)."""
+        """partition: this rank's part, None = an even one. Raises ModelError when the model cannot be cut for this world size (the text
+        lists the sizes that work)."""
         super().__init__()
         try:
-            self.partition = Partition.of(
+            self.partition = partition or Partition.of(
                 communicator.rank, communicator.world_size, q_heads=config.q_heads, kv_heads=config.kv_heads,
                 ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary,
             )

@@ -15,13 +15,14 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hetero_attn.models.config import ModelError
+from hetero_attn.models.config import ModelConfig, ModelError
+from hetero_attn.models.shard_folder import JOURNAL, MANIFEST, Manifest, read_manifest
 from hetero_attn.parallel.sharding import Shard
 
 log = logging.getLogger("hetero_attn")
@@ -83,9 +84,13 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.entries: dict[str, Entry] = {}
+        self.manifest: Manifest | None = None                            # of a rank's own folder
         self._checked: set[str] = set()
         index = self.path / INDEX
-        if index.exists():
+        if (self.path / MANIFEST).exists() or (self.path / JOURNAL).exists():
+            self.manifest = read_manifest(self.path, ModelConfig.from_dir(self.path))
+            self.entries = shard_entries(self.path, self.manifest)
+        elif index.exists():
             placed = _weight_map(index)
             for name in sorted(set(placed.values())):
                 self.entries.update(read_header(self.path / name))
@@ -109,6 +114,15 @@ class Checkpoint:
         if not known:
             raise ModelError(f"{self.path}: the tensors are {', '.join(sorted(held)) or 'missing'}, expected one of {', '.join(DTYPES)}")
         return DTYPES[max(known, key=known.get)]
+
+    def check_content(self, opened, name: str) -> None:
+        """Raises ModelError when a tensor's bytes are not those its checksums were made of. opened: its file, from opened_file()."""
+        entry = self.entries[name]
+        tensor = opened.get_slice(entry.key or name)
+        for start, stop, digest in entry.checked_rows():
+            if hashlib.sha256(tensor[start:stop].contiguous().view(torch.uint8).numpy()).hexdigest() != digest:
+                raise ModelError(f"{entry.file} is damaged: the checksum of {name} is not that of its export; "
+                                 "copy the folder again, or run hetero-attn shard again")
 
     def bytes_of(self, shard: Shard) -> int:
         """What the shard takes in the checkpoint."""
@@ -144,7 +158,7 @@ class Checkpoint:
         if progress is not None:
             progress(0, total)
         for file, wanted in by_file.items():
-            with _opened(file) as opened:
+            with opened_file(file) as opened:
                 for shard in wanted:
                     self._copy(opened, shard)
                     done += self.bytes_of(shard)
@@ -158,18 +172,27 @@ class Checkpoint:
         entry = self.entries[shard.name]
         if entry.checks and shard.name not in self._checked:
             self._checked.add(shard.name)
-            check_tensor(opened.get_slice(entry.key or shard.name), entry, shard.name)
+            self.check_content(opened, shard.name)
         if shard.into.numel():
             own = tuple(slice(part.start, part.stop) for part in entry.within(shard.own))
             shard.into.copy_(opened.get_slice(entry.key or shard.name)[own or slice(None)])
 
 
-def check_tensor(opened, entry: Entry, name: str) -> None:
-    """Raises ModelError when a stored tensor's bytes are not those its checksums were made of. opened: its safetensors slice."""
-    for start, stop, digest in entry.checked_rows():
-        if hashlib.sha256(opened[start:stop].contiguous().view(torch.uint8).numpy()).hexdigest() != digest:
-            raise ModelError(f"{entry.file} is damaged: the checksum of {name} is not that of its export; "
-                             "copy the folder again, or run hetero-attn shard again")
+def shard_entries(folder: Path, manifest: Manifest) -> dict[str, Entry]:
+    """The tensors of a rank's folder, after a look at every file's size and header. Raises ModelError."""
+    found: dict[str, Entry] = {}
+    for name, facts in manifest.files.items():
+        file = folder / name
+        headers = read_header(file)
+        if file.stat().st_size != facts["bytes"]:
+            raise ModelError(f"{file} has {file.stat().st_size} bytes, its export wrote {facts['bytes']}; copy the folder again")
+        for tensor, info in facts["tensors"].items():
+            stored, header = tuple(range(*each) for each in info["stored"]), headers.get(info["key"])
+            if header is None or header.shape != tuple(map(len, stored)) or header.dtype != info["dtype"]:
+                raise ModelError(f"{file} does not hold {tensor} as {MANIFEST} says; copy the folder again")
+            found[tensor] = replace(header, shape=tuple(info["shape"]), stored=stored, checks=tuple(info["sha256"]),
+                                    check_rows=info["check_rows"], key=info["key"])
+    return found
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -196,12 +219,12 @@ def read_header(file: Path) -> dict[str, Entry]:
     if end != size:
         state = "truncated" if size < end else "longer than it should be"
         raise ModelError(f"{file} is {state}: {size} bytes, its header describes {end}; fetch the file again")
-    with _opened(file):                        # the format's own reader checks the rest: known dtypes, offsets without gap or overlap
+    with opened_file(file):                        # the format's own reader checks the rest: known dtypes, offsets without gap or overlap
         return entries
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator:
+def opened_file(file: Path) -> Iterator:
     """The file as the format's own reader maps it; what that reader objects to becomes a ModelError."""
     try:
         with safe_open(file, framework="pt") as opened:

@@ -198,7 +198,7 @@ class VocabularyHead(nn.Module):
         super().__init__()
         self.communicator, self.site = communicator, site
         self.vocab_size, self.own, self.vocabulary = vocab_size, partition.vocab, partition.vocabulary
-        self.sizes = [len(own) for own in split(vocab_size, partition.world_size)]                       # columns of every rank
+        self.sizes = list(partition.vocab_counts) or [len(own) for own in split(vocab_size, partition.world_size)]   # columns of every rank
         self.tied = tied is not None
         self.weight = tied.weight if tied else empty_parameter(len(self.own), hidden_size, dtype=dtype, device=device)
 
