@@ -65,7 +65,7 @@ class DeviceProfile:
     shared_heap_bytes: int = setting("Communicator cpu: a rank's room for tensors in shared memory, bytes, a multiple of 4096; it "
                                      "grows when a tensor does not fit", default=4 << 20, minimum=4096)
     threads_per_rank: int = setting("CPU threads of one rank; 0 = cores divided by the ranks of this host", default=0, minimum=0)
-    memory_budget: str | None = setting("Memory of one rank's whole process; weights beyond it are streamed from the disk; null = all are held",
+    memory_budget: str | None = setting("Memory of one rank's whole process; weights beyond it are streamed from disk; null = all held",
                                         default=None, pattern=SIZE_PATTERN, form=SIZE_FORM)
     window: int | None = setting("Blocks (attention or MLP of a layer) in the streaming window; null = what is quickest within the budget",
                                  default=None, minimum=1)

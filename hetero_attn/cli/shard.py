@@ -18,8 +18,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     """The subcommand's arguments."""
     parser = subparsers.add_parser(
         "shard", help="cut a checkpoint into one folder a rank",
-        description="Writes DIR/rank-R-of-N for every rank: its slices in safetensors files with checksums. Run again, an interrupted export "
-                    "goes on where it stopped.",
+        description="Writes DIR/rank-R-of-N for every rank: its slices in safetensors files with checksums. Run again, an interrupted "
+                    "export goes on where it stopped.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="directory with config.json and *.safetensors (with --check: a rank's folder)")
@@ -50,7 +50,8 @@ def run(args) -> int:
         if args.out or args.tp or args.hosts:
             raise CommandError("--check reads a folder: leave --out, --tp and --hosts out")
         read = export.check(Path(args.model), ByteProgress("checking", bar=bar))
-        print(json.dumps({"folder": args.model, "bytes": read}) if args.json else f"{args.model}: {shown_bytes(read)} as they were exported")
+        told = f"{args.model}: {shown_bytes(read)} as they were exported"
+        print(json.dumps({"folder": args.model, "bytes": read}) if args.json else told)
         return 0
     partitions = None
     if args.hosts:

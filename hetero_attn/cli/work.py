@@ -101,7 +101,7 @@ def tell_plan(model: Decoder) -> None:
 
 
 def gather_peaks(model: Decoder) -> list[dict[str, int]]:
-    """Budget (0: none), predicted and measured peak of every rank, in bytes; [] where no weights are streamed. All ranks call it together."""
+    """Budget (0: none), predicted and measured peak of every rank, bytes; [] where no weights are streamed. All ranks call it together."""
     if model.memory is None:
         return []
     own = torch.tensor([[model.memory.budget or 0, model.memory.predicted, peak_bytes()]], device=model.communicator.device)

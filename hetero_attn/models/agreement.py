@@ -24,15 +24,12 @@ def check_agreement(
 ) -> None:
     """Raises ModelError, on every rank alike, when the ranks differ in the model, its dtype, its vocabulary or who has what of it.
 
-    partitions: of all ranks, () = the even split.
+    partitions: of all ranks; () = the even split, which follows from the rest.
     """
     if communicator.world_size == 1:
         return
     own = [_digest(config), _DTYPES.index(str(dtype).removeprefix("torch.")), VOCABULARIES.index(vocabulary)]
-    even = {"q_heads": config.q_heads, "kv_heads": config.kv_heads, "ffn": config.intermediate_size, "vocab": config.vocab_size}
-    ranks = range(communicator.world_size)
-    every = partitions or tuple(Partition.of(rank, len(ranks), **even, vocabulary=vocabulary) for rank in ranks)
-    own.append(_number([(each.q_heads, each.kv_heads, each.ffn, each.vocab) for each in every]))
+    own.append(_number([each.parts for each in partitions]) if partitions else 0)
     mine = torch.tensor([own], dtype=torch.int64, device=communicator.device)                        # [1, 4]
     ranks = communicator.all_gather(mine, sizes=[1] * communicator.world_size, site=SITE).tolist()
     for rank, theirs in enumerate(ranks):

@@ -35,7 +35,7 @@ SITE = "budget"
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured: bytes a second from the disk, seconds for a byte of weight in a one-row product, seconds of one row's all-reduce."""
+    """What was measured: bytes a second from the disk, seconds for a byte of weight in a one-row product and for one row's all-reduce."""
 
     disk_bytes_s: float
     product_byte_s: float
@@ -146,7 +146,7 @@ def cache_bytes(config: ModelConfig, partition: Partition, tokens: int, sequence
 
 
 def activation_bytes(config: ModelConfig, partition: Partition, tokens: int, sequences: int, dtype: torch.dtype, *, head: bool) -> int:
-    """What one step of `tokens` tokens holds beside weights and cache: residual stream, a layer's intermediates, sums on their way, logits."""
+    """What one step of `tokens` tokens holds beside weights and cache: residual stream, intermediates, sums on their way, logits."""
     heads = (len(partition.q_heads) * 2 + 2 * len(partition.kv_heads)) * config.head_dim
     stream = tokens * (6 * config.hidden_size + 2 * heads + 4 * len(partition.ffn)) * dtype.itemsize
     sums = 2 * partition.world_size * tokens * config.hidden_size * dtype.itemsize if partition.world_size > 1 else 0
@@ -216,7 +216,8 @@ def works_of(layout: Layout, rates: Rates, experts_share: float = 1.0) -> list[W
     for piece in layout.pieces:
         share = experts_share if piece.name.endswith(".experts") else 1.0
         ends_block = piece.name.endswith((".o_proj", ".down_proj", ".experts"))
-        found.append(Work(piece.nbytes, piece.read_bytes, share * piece.nbytes * rates.product_byte_s, rates.reduce_s if ends_block else 0.0))
+        seconds = share * piece.nbytes * rates.product_byte_s
+        found.append(Work(piece.nbytes, piece.read_bytes, seconds, rates.reduce_s if ends_block else 0.0))
     return found
 
 

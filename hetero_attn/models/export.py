@@ -146,8 +146,8 @@ class _RankPlan:
                 content = tensor[index].contiguous().view(torch.uint8).numpy()
                 checks.append(hashlib.sha256(content).hexdigest())
                 opened.write(content)
-        return {"key": self._keys[shard.name], "dtype": entry.dtype, "shape": list(shard.shape), "stored": stored_of(shard.own, shard.shape),
-                "sha256": checks, "check_rows": step}
+        return {"key": self._keys[shard.name], "dtype": entry.dtype, "shape": list(shard.shape),
+                "stored": stored_of(shard.own, shard.shape), "sha256": checks, "check_rows": step}
 
 
 def _together(shards: list[Shard]) -> list[Shard]:

@@ -44,7 +44,8 @@ def load_model(
     cache_sequences: int = 1,
     partitions: Sequence[Partition] | None = None,
 ) -> Decoder:
-    """This rank's part of the model in `path` (config.json, *.safetensors; or what `hetero-attn shard` wrote: a rank's folder, or its parent).
+    """This rank's part of the model in `path` (config.json, *.safetensors), or in what `hetero-attn shard` wrote (a rank's folder, or
+    the one above it).
 
     profile     a shipped name, a YAML file, a DeviceProfile, or None to detect the device
     tp          tensor-parallel size; None takes the communicator's world size, another number must equal it
@@ -89,7 +90,7 @@ def load_model(
         if streams and communicator.device.type != "cpu":
             raise ModelError(f"a memory budget streams weights to the cpu's memory, this rank runs on {communicator.device}; "
                              "leave --memory-budget and window out there")
-        check_agreement(config, chosen, vocabulary, communicator, everyone(checkpoint, partitions))
+        check_agreement(config, chosen, vocabulary, communicator, everyone(config, checkpoint, partitions))
         share_calibration(profile, config, communicator)
         made_on = "meta" if streams else communicator.device
         decoder = Decoder(
@@ -143,9 +144,12 @@ def own_partition(
     return manifest.partitions[rank]
 
 
-def everyone(checkpoint: Checkpoint, partitions: Sequence[Partition] | None) -> tuple[Partition, ...]:
-    """The partition of all ranks where it is not the even one, else ()."""
-    return checkpoint.manifest.partitions if checkpoint.manifest is not None else tuple(partitions or ())
+def everyone(config: ModelConfig, checkpoint: Checkpoint, partitions: Sequence[Partition] | None) -> tuple[Partition, ...]:
+    """The partition of all ranks where it is not the even one, else (): a rank may read the whole checkpoint and another its folder."""
+    every = checkpoint.manifest.partitions if checkpoint.manifest is not None else tuple(partitions or ())
+    sizes = {"q_heads": config.q_heads, "kv_heads": config.kv_heads, "ffn": config.intermediate_size, "vocab": config.vocab_size}
+    even = tuple(Partition.of(each.rank, each.world_size, **sizes, vocabulary=each.vocabulary) for each in every)
+    return () if [each.parts for each in every] == [each.parts for each in even] else every
 
 
 def _budget(asked: int | str | None, profile: DeviceProfile) -> int | None:

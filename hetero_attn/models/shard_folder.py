@@ -22,6 +22,7 @@ from hetero_attn.models.config import ModelConfig, ModelError, read_json
 from hetero_attn.parallel.sharding import VOCABULARIES, Partition
 
 MANIFEST, FORMAT, VERSION = "shard.json", "hetero_attn shard", 1
+PARTS = ("q_heads", "kv_heads", "ffn", "vocab")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 BLOCKS = {"self_attn": "attention", "mlp": "mlp", "block_sparse_moe": "mlp"}
 
@@ -73,7 +74,7 @@ class Manifest:
     files: dict[str, Any]
 
     def to_json(self) -> str:
-        ranks = [{part: [getattr(each, part).start, getattr(each, part).stop] for part in ("q_heads", "kv_heads", "ffn", "vocab")}
+        ranks = [{part: [getattr(each, part).start, getattr(each, part).stop] for part in PARTS}
                  for each in self.partitions]
         return json.dumps({"format": FORMAT, "version": VERSION, "rank": self.rank, "world_size": self.world_size, "model": self.model,
                            "vocabulary": self.vocabulary, "tied": self.tied, "ranks": ranks, "files": self.files}, indent=1)
@@ -89,15 +90,17 @@ def read_manifest(folder: Path, config: ModelConfig) -> Manifest | None:
     found = read_json(file)
     try:
         if found["format"] != FORMAT or found["version"] != VERSION:
-            raise ModelError(f"{file} is {found['format']!r} version {found['version']}, expected {FORMAT!r} version {VERSION}; export again")
+            raise ModelError(f"{file} is {found['format']!r} version {found['version']}, expected {FORMAT!r} version {VERSION}; "
+                             "export again")
         world_size = int(found["world_size"])
-        rows = tuple(each["vocab"][1] - each["vocab"][0] for each in found["ranks"]) if found["vocabulary"] == "sharded" else ()
+        sharded = found["vocabulary"] == "sharded"
+        rows = tuple(each["vocab"][1] - each["vocab"][0] for each in found["ranks"]) if sharded else ()
         partitions = tuple(
-            Partition(rank, world_size, found["vocabulary"], *(range(*each[part]) for part in ("q_heads", "kv_heads", "ffn", "vocab")), rows)
+            Partition(rank, world_size, found["vocabulary"], *(range(*each[part]) for part in PARTS), rows)
             for rank, each in enumerate(found["ranks"])
         )
-        manifest = Manifest(int(found["rank"]), world_size, found["vocabulary"], bool(found["tied"]), found["model"], partitions,
-                            dict(found["files"]))
+        manifest = Manifest(int(found["rank"]), world_size, found["vocabulary"], bool(found["tied"]), found["model"],
+                            partitions, dict(found["files"]))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ModelError):
             raise

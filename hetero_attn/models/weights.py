@@ -66,8 +66,8 @@ class Entry:
         own = (*own, *map(range, self.shape[len(own):]))
         for wanted, held in zip(own, self.stored):
             if len(wanted) and not (held.start <= wanted.start and wanted.stop <= held.stop):
-                raise ModelError(f"{self.file} holds {held.start} to {held.stop} of a tensor, {wanted.start} to {wanted.stop} are asked for; "
-                                 "start as many ranks as the folder was made for")
+                raise ModelError(f"{self.file} holds {held.start} to {held.stop} of a tensor, {wanted.start} to {wanted.stop} are asked "
+                                 "for; start as many ranks as the folder was made for")
         return tuple(range(wanted.start - held.start, wanted.stop - held.start) if len(wanted) else range(0)
                      for wanted, held in zip(own, self.stored))
 

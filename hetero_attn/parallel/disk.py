@@ -51,7 +51,7 @@ class Extent:
 def extents(
     file: Path, position: int, itemsize: int, shape: Sequence[int], own: Sequence[range], into: int, into_strides: Sequence[int]
 ) -> Iterator[Extent]:
-    """Where the slice `own` of a row-major tensor `shape`, at byte `position` of `file`, lies, for a destination that begins at byte `into`.
+    """Where the slice `own` of a row-major tensor `shape`, at byte `position` of `file`, lies; its destination begins at byte `into`.
 
     own: a range for each of the first dimensions, the further ones are whole. into_strides: the destination's strides in elements.
     """

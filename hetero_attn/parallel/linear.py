@@ -185,7 +185,7 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """Hidden states to logits, in fp32: columns gathered over all ranks ('sharded'), or made by rank 0 alone ('master').
 
-    `tied` shares the embedding's weight, which is cut in the same way. `streamed`, where the weight is not held, lends it in slices of rows.
+    `tied` shares the embedding's weight, which is cut in the same way. `streamed`, where the weight is not held, lends it in slices.
     """
 
     linear = staticmethod(linear)
@@ -198,7 +198,8 @@ class VocabularyHead(nn.Module):
         super().__init__()
         self.communicator, self.site = communicator, site
         self.vocab_size, self.own, self.vocabulary = vocab_size, partition.vocab, partition.vocabulary
-        self.sizes = list(partition.vocab_counts) or [len(own) for own in split(vocab_size, partition.world_size)]   # columns of every rank
+        # columns of every rank
+        self.sizes = list(partition.vocab_counts) or [len(own) for own in split(vocab_size, partition.world_size)]
         self.tied = tied is not None
         self.weight = tied.weight if tied else empty_parameter(len(self.own), hidden_size, dtype=dtype, device=device)
 

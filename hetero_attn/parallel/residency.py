@@ -2,7 +2,7 @@
 
 A token takes as long as the slowest of three things that go on side by side: reading what does not stay, multiplying, and the sums between
 ranks. More memory for the ring lets reads run further ahead; more for residents leaves less to read. Which of the two helps is found by
-running a pass on paper, chunk by chunk as the window does it. steady() is TPI-LLM's own criterion, for blocks and a window of unlimited depth.
+running a pass on paper, as the window does it. steady() is TPI-LLM's own criterion, for blocks and a window of unlimited depth.
 """
 
 from __future__ import annotations

@@ -60,6 +60,11 @@ class Partition:
     vocab: range
     vocab_counts: tuple[int, ...] = ()
 
+    @property
+    def parts(self) -> tuple[range, range, range, range]:
+        """The four ranges."""
+        return self.q_heads, self.kv_heads, self.ffn, self.vocab
+
     @classmethod
     def of(cls, rank: int, world_size: int, *, q_heads: int, kv_heads: int, ffn: int, vocab: int, vocabulary: str = "sharded") -> Partition:
         """The part of `rank`. Raises ValueError for an impossible world size (its text lists those that work) or vocabulary."""
