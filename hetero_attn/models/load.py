@@ -19,7 +19,7 @@ from hetero_attn.models.budget import Room, stream
 from hetero_attn.models.calibration import share_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
-from hetero_attn.models.shard_folder import rank_folder
+from hetero_attn.models.shard_folder import rank_folder, refuse_unfinished
 from hetero_attn.models.weights import Checkpoint, log
 from hetero_attn.parallel.sharding import VOCABULARIES, Partition
 from hetero_attn.profile import DeviceProfile, load_profile
@@ -118,6 +118,7 @@ def load_model(
 
 def open_model(path: Path) -> tuple[ModelConfig, Checkpoint]:
     """A model's directory or a rank's folder: what config.json says, and the tensors by name. Raises ModelError."""
+    refuse_unfinished(path)
     config, checkpoint = ModelConfig.from_dir(path), Checkpoint(path)
     if checkpoint.manifest is not None:
         config = replace(config, tied_embeddings=checkpoint.manifest.tied)

@@ -22,6 +22,7 @@ from hetero_attn.models.config import ModelConfig, ModelError, read_json
 from hetero_attn.parallel.sharding import VOCABULARIES, Partition
 
 MANIFEST, FORMAT, VERSION = "shard.json", "hetero_attn shard", 1
+JOURNAL = "export.jsonl"        # a line for each finished file of an export that is under way
 PARTS = ("q_heads", "kv_heads", "ffn", "vocab")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 BLOCKS = {"self_attn": "attention", "mlp": "mlp", "block_sparse_moe": "mlp"}
@@ -80,12 +81,16 @@ class Manifest:
                            "vocabulary": self.vocabulary, "tied": self.tied, "ranks": ranks, "files": self.files}, indent=1)
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Raises ModelError for a folder whose export is not complete."""
+    if (folder / JOURNAL).exists() and not (folder / MANIFEST).exists():
+        raise ModelError(f"{folder} is an unfinished export; run the same hetero-attn shard again, it goes on where it stopped")
+
+
 def read_manifest(folder: Path, config: ModelConfig) -> Manifest | None:
-    """The manifest of a rank's folder, None for any other folder. Raises ModelError for a damaged or foreign one, or half an export."""
+    """The manifest of a rank's folder, None for any other folder. Raises ModelError for a damaged or foreign one."""
     file = folder / MANIFEST
     if not file.exists():
-        if (folder / JOURNAL).exists():
-            raise ModelError(f"{folder} is an unfinished export; run the same hetero-attn shard again, it goes on where it stopped")
         return None
     found = read_json(file)
     try:
@@ -123,6 +128,3 @@ def stored_of(own: Sequence[range], shape: Sequence[int]) -> list[list[int]]:
     """A slice as the manifest holds it: [start, stop] of every dimension."""
     ranges = [*own, *map(range, shape[len(own):])]
     return [[each.start, each.stop] if len(each) else [0, 0] for each in ranges]
-
-
-JOURNAL = "export.jsonl"        # a line for each finished file of an export that is under way

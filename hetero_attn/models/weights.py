@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hetero_attn.models.config import ModelConfig, ModelError
-from hetero_attn.models.shard_folder import JOURNAL, MANIFEST, Manifest, read_manifest
+from hetero_attn.models.shard_folder import MANIFEST, Manifest, read_manifest
 from hetero_attn.parallel.sharding import Shard
 
 log = logging.getLogger("hetero_attn")
@@ -87,7 +87,7 @@ class Checkpoint:
         self.manifest: Manifest | None = None                            # of a rank's own folder
         self._checked: set[str] = set()
         index = self.path / INDEX
-        if (self.path / MANIFEST).exists() or (self.path / JOURNAL).exists():
+        if (self.path / MANIFEST).exists():
             self.manifest = read_manifest(self.path, ModelConfig.from_dir(self.path))
             self.entries = shard_entries(self.path, self.manifest)
         elif index.exists():
