@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout bench-edge prove-links schema table build wheel wheel-prebuilt clean
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -58,6 +58,9 @@ bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the c
 
 bench-volta-layout: $(VENV)/.dev   ## bank conflicts of the Volta kernels by shared-memory layout, counted on the CPU (a minute)
 	$(BIN)/python benchmarks/volta_layout.py $(BENCH)
+
+bench-edge: $(VENV)/.bench     ## models larger than memory: 7B and 70B shapes, windows, Accelerate (30 GB of disk; BENCH="--quick --only main")
+	$(BIN)/python benchmarks/edge.py $(BENCH)
 
 prove-links:               ## emulated 300 Mbit/s, 1 ms links between 4 ranks (root only): what they measure to be
 	$(PYTHON) benchmarks/links.py --ranks 4 --rate 300 --delay 1 --prove

@@ -1,7 +1,7 @@
 """Models larger than memory, streamed: make bench-edge, or python benchmarks/edge.py --help.
 
-A 7B shape within 1 GiB a rank, streamed against held, windows of several sizes, Accelerate's disk offload, a 70B shape. Weights are random and
-written to --scratch (30 GB; --quick: 10). Parts run one by one (--only) and add to the same report, docs/measured/edge.md with a plot.
+A 7B shape within 1 GiB a rank, streamed against held, windows of several sizes, Accelerate's disk offload, a 70B shape. Random weights,
+written to --scratch (30 GB; --quick: 10). Parts run one by one (--only) and add to the same report, docs/measured/edge.md and .png.
 """
 
 from __future__ import annotations

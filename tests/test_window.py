@@ -1,5 +1,6 @@
-"""The weight window: the right bytes at the right time, in any order, in little memory; and a planner that says beforehand what it takes."""
+"""The weight window: the right bytes at the right time, in any order, in little memory; and a planner that says what it takes."""
 
+import itertools
 import os
 import random
 import threading
@@ -10,7 +11,7 @@ import torch
 
 from hetero_attn.parallel import disk
 from hetero_attn.parallel.disk import ALIGN, DiskError, DiskReader, Extent, buffer, chunks, extents, joined
-from hetero_attn.parallel.residency import Work, choose, pass_seconds, paper_peak, spread, steady, window_bytes
+from hetero_attn.parallel.residency import Work, choose, paper_peak, pass_seconds, spread, steady, window_bytes
 from hetero_attn.parallel.window import Lent, Piece, Tensor, WeightWindow, WindowError
 
 # ---- reading slices ----
@@ -220,7 +221,7 @@ def test_more_memory_is_never_slower_and_all_of_it_reads_nothing():
     works = llama()
     total, least = sum(work.nbytes for work in works), max(work.nbytes for work in works)
     seconds = [choose(works, int(least + share * (total - least)), 1e9).pass_s for share in (0, 0.1, 0.3, 0.6, 0.9, 1.0)]
-    assert all(later <= sooner * 1.01 for sooner, later in zip(seconds, seconds[1:]))
+    assert all(later <= sooner * 1.01 for sooner, later in itertools.pairwise(seconds))
     everything = choose(works, total, 1e9)
     assert everything.ring_bytes == 0 and not everything.read_bytes(works)
     with pytest.raises(ValueError, match="cannot hold"):

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from edge import ranks, shapes
-
 from hetero_attn.models.export import export
 from hetero_attn.models.shard_folder import folder_name
 from hetero_attn.parallel.launch import run_ranks
@@ -159,7 +158,8 @@ def accelerate_run(folder: Path, scratch: Path, limit: float | None) -> dict:
 
 def machine() -> dict:
     """Where and when."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
     import torch
 
     return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),

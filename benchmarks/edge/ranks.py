@@ -71,7 +71,8 @@ def generate(folder: str, options: dict, tokens: int, mbytes_s: float | None = N
 def alone(folder: str, rank: int, world_size: int, options: dict, tokens: int) -> dict:
     """One rank by itself, of a group that this host could not hold or would take too long to run."""
     os.environ.pop("RANK", None)
-    model = load_model(Path(folder) / folder_name(rank, world_size), "edge", communicator=Alone(rank, world_size), cache_tokens=64, **options)
+    own = Path(folder) / folder_name(rank, world_size)
+    model = load_model(own, "edge", communicator=Alone(rank, world_size), cache_tokens=64, **options)
     cache, times, feed = model.new_cache(64, 1), [], PROMPT
     sequence = cache.add_sequence()
     for _ in range(tokens):
@@ -99,5 +100,6 @@ def figures(model) -> dict:
             passes.append(time.perf_counter() - began)
     return {"peak": peak, "predicted": plan.predicted, "budget": plan.budget, "read_bytes": plan.read_bytes, "disk_s": min(passes),
             "compute_s": plan.compute_s, "reduce_s": plan.reduce_s, "plan_token_s": plan.residency.pass_s, "rates": asdict(plan.rates),
-            "ring": plan.residency.ring_bytes, "resident": len(plan.residency.resident), "pieces": plan.pieces, "direct": window.reader.direct,
+            "ring": plan.residency.ring_bytes, "resident": len(plan.residency.resident), "pieces": plan.pieces,
+            "direct": window.reader.direct,
             "waited_s": window.statistics.waited_s}

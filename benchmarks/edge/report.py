@@ -20,7 +20,8 @@ def verdicts(results: dict) -> list[tuple[str, bool]]:
     if "main" in results:
         ranks = results["main"]["ranks"]
         for number, rank in enumerate(ranks):
-            found.append((f"rank {number}: peak {shown_bytes(rank['peak'])}, {rank['peak'] / rank['budget']:.3f} of its budget (at most 1.05), "
+            found.append((f"rank {number}: peak {shown_bytes(rank['peak'])}, {rank['peak'] / rank['budget']:.3f} of its budget "
+                          "(at most 1.05), "
                           f"{rank['peak'] / rank['predicted']:.3f} of the prediction (at most 1.1)",
                           rank["peak"] <= 1.05 * rank["budget"] and rank["peak"] <= 1.1 * rank["predicted"]))
         slowest = max(map(limit_s, ranks))
@@ -65,8 +66,8 @@ def markdown(results: dict, plot: str | None) -> str:
         lines.append("")
     if "accelerate" in results:
         lines += ["## Beside Accelerate's disk offload (1B shape, one process, smallest max_memory that works)", "",
-                  f"Throttled: a control group of its own for every process, {results['accelerate']['throttle_mb_s']:g} MB/s of reads each. Our "
-                  "reads are direct; Accelerate's go through the page cache, which is emptied before every token.", "",
+                  f"Throttled: a control group for every process, {results['accelerate']['throttle_mb_s']:g} MB/s of reads each. "
+                  "Our reads are direct; Accelerate's go through the page cache, emptied before every token.", "",
                   "| disk | 4 ranks, token s | peak a rank | Accelerate, token s | peak | ratio |", "|---|---:|---:|---:|---:|---:|"]
         for name in ("throttled", "unthrottled"):
             pair = results["accelerate"][name]

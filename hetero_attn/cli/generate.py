@@ -68,6 +68,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                                                                "(default: what is quickest)")
     where.add_argument("--timeout", type=float, metavar="SECONDS", help="longest wait for another rank (the profile's timeout_s)")
 
+    faults = parser.add_argument_group("faults and networks")
+    faults.add_argument("--restart", action="store_true", help="when a rank is lost, go on from the last complete token: ranks of this "
+                                                              "host are started again up to 3 times, torchrun's by its --max-restarts")
+    faults.add_argument("--trust-network", action="store_true", help="ranks on several hosts: tensors travel unencrypted, whoever "
+                                                                    "reaches the port can join (HETERO_ATTN_TOKEN; docs/network.md)")
+
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, at the end")
     output.add_argument("--echo", action="store_true", help="print each prompt before what continues it")

@@ -19,10 +19,11 @@ class TextPrinter:
     """Prints pieces in the prompts' order: the first unfinished prompt's as they come, the later ones' when their turn is there.
 
     Several prompts get a heading each, and where `echo` holds the prompts, their text too. stream=False holds a text back until it is
-    complete.
+    complete. skip: characters that an earlier start of the same command has shown; `shown` counts all, theirs included.
     """
 
-    def __init__(self, count: int, *, stream: bool = True, echo: Sequence[str] = (), file=None):
+    def __init__(self, count: int, *, stream: bool = True, echo: Sequence[str] = (), file=None, skip: int = 0):
+        self.shown, self._skip = 0, skip
         self._count, self._stream, self._file = count, stream, file or sys.stdout
         self._texts, self._ended = [""] * count, [False] * count
         self._echo = echo
@@ -53,8 +54,11 @@ class TextPrinter:
 
     def _write(self, text: str) -> None:
         if text:
-            self._file.write(text)
-            self._file.flush()
+            fresh = text[max(0, self._skip - self.shown) :]
+            self.shown += len(text)
+            if fresh:
+                self._file.write(fresh)
+                self._file.flush()
             self._written = text
 
 

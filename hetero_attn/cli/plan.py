@@ -93,8 +93,7 @@ def as_json(found) -> dict:
         part = each.partition
         ranks.append({
             "rank": part.rank, "profile": each.host.profile.name, "device": each.host.device,
-            "q_heads": [part.q_heads.start, part.q_heads.stop], "kv_heads": [part.kv_heads.start, part.kv_heads.stop],
-            "ffn": [part.ffn.start, part.ffn.stop], "vocab": [part.vocab.start, part.vocab.stop],
+            **{name: [own.start, own.stop] if own else [0, 0] for name, own in zip(("q_heads", "kv_heads", "ffn", "vocab"), part.parts)},
             "weights": each.weights, "held": each.held, "streamed": each.streamed, "window": each.window, "cache": each.cache,
             "activations": each.activations, "process": each.process, "total": each.total, "memory": each.memory,
             "compute_s": each.compute_s, "disk_s": each.disk_s,
@@ -109,8 +108,8 @@ def as_text(found) -> str:
     from hetero_attn.models.planning import PROMPT
     from hetero_attn.quantity import shown_bytes, shown_seconds
 
-    head = ["rank", "profile", "device", "q heads", "kv heads", "ffn", "vocab", "weights", "streamed", "held", "window", "KV", "activations",
-            "process", "total", "of"]
+    head = ["rank", "profile", "device", "q heads", "kv heads", "ffn", "vocab", "weights", "streamed", "held", "window", "KV",
+            "activations", "process", "total", "of"]
     rows = [head]
     for each in found.ranks:
         part = each.partition

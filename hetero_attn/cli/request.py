@@ -6,6 +6,8 @@ process: the directory and its headers, the tokenizer, the tensor-parallel size,
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ import torch
 from hetero_attn import registry
 from hetero_attn.cli.errors import CommandError
 from hetero_attn.communicator import Communicator
+from hetero_attn.models import restart
 from hetero_attn.models.calibration import CALIBRATED, find_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig
 from hetero_attn.models.decoder import Decoder
@@ -59,6 +62,8 @@ class Request:
     bar: bool | None
     cache_tokens: int | None        # the longest that the prompts and their texts can get; None where rank 0 alone knows
     cache_sequences: int
+    restart: Path | None            # where the tokens are written down, so that a restart goes on with them
+    trust_network: bool
 
 
 def checked(args, world_size: int, *, rank: int = 0) -> Request:
@@ -92,6 +97,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
         bar=True if args.progress else None, cache_tokens=None, cache_sequences=1,
+        restart=_restart_file(args, bool(sources)), trust_network=args.trust_network,
     )
     ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
     if ids:
@@ -113,6 +119,19 @@ def as_prompts(request: Request, tokenizer: Tokenizer) -> list[str | list[int]]:
         return list(request.prompts)
     turns = [[*opening(request), {"role": "user", "content": prompt}] for prompt in request.prompts]
     return [tokenizer.encode(tokenizer.chat(turn), add_special_tokens=False) for turn in turns]
+
+
+def _restart_file(args, prompted: bool) -> Path | None:
+    """The file for --restart: the same one in every start of one run. Raises CommandError for a conversation."""
+    if not args.restart:
+        return None
+    if not prompted:
+        raise CommandError("--restart goes on with the text of prompts: give --prompt, a conversation is not written down")
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if "RANK" in os.environ and run_id in ("", "none"):
+        raise CommandError("--restart under torchrun needs a name for the run, the same in every start: give torchrun --rdzv-id NAME")
+    name = hashlib.sha256(run_id.encode()).hexdigest()[:16] if run_id else secrets.token_hex(8)
+    return restart.folder() / f"{name}.jsonl"
 
 
 def _names(prompts: Sequence[str]) -> list[str]:

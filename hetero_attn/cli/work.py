@@ -12,24 +12,30 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import resource_tracker
 
 import torch
 
 from hetero_attn.cli.chat import converse
-from hetero_attn.cli.errors import REFUSED, CommandFailed, report
+from hetero_attn.cli.errors import REFUSED, CommandError, CommandFailed, report
 from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_speed
 from hetero_attn.cli.progress import ByteProgress
 from hetero_attn.cli.request import Request, as_prompts
-from hetero_attn.collectives import init_communicator
+from hetero_attn.collectives import init_communicator, rendezvous
 from hetero_attn.models.budget import peak_bytes
 from hetero_attn.models.control import Driver, serve
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import Generation, generate
 from hetero_attn.models.load import load_model
+from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.tokenizer import Tokenizer
+from hetero_attn.parallel.challenge import challenge
 from hetero_attn.parallel.launch import RankFailure, run_ranks
 from hetero_attn.registry import use_backend
+
+RESTARTS = 3                    # of ranks started here
+NOT_AGAIN = ("ModelError", "CommandError", "ProfileError", "UnsupportedError", "WindowError", "LogitsError")    # what a restart cannot mend
 
 
 def work(request: Request) -> int:
@@ -38,7 +44,9 @@ def work(request: Request) -> int:
         # Ctrl-C reaches every rank of a terminal, and the launcher sends it on: end at once, nobody waits for an orderly goodbye.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    need_trust(request.trust_network)
     with init_communicator(request.profile, device=request.device) as communicator, use_backend(request.backend):
+        challenge(communicator, os.environ.get("HETERO_ATTN_TOKEN") or None)
         first = communicator.rank == 0
         if request.profile.threads_per_rank:
             torch.set_num_threads(request.profile.threads_per_rank)
@@ -74,8 +82,18 @@ def drive(driver: Driver, request: Request) -> list[Generation]:
         results = converse(driver, tokenizer, request)
     else:
         echo = request.prompts if request.echo else ()
-        printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo)
-        results = generate(driver.model, as_prompts(request, tokenizer), request.params, tokenizer=tokenizer, stream=printer, driver=driver)
+        prompts, params, log = as_prompts(request, tokenizer), request.params, None
+        if request.restart is not None:
+            log = RestartLog(request.restart, prompts, params)
+            params = replace(params, seed=log.seed)
+            if log.tokens:
+                print(f"going on after {log.tokens} tokens", file=sys.stderr, flush=True)
+        skip = log.shown if log else 0
+        printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo, skip=skip)
+        results = generate(driver.model, prompts, params, tokenizer=tokenizer, stream=printer, driver=driver, log=log,
+                           shown=lambda: printer.shown if printer else 0)
+        if log is not None:
+            log.remove()
     return results
 
 
@@ -112,15 +130,35 @@ def gather_peaks(model: Decoder) -> list[dict[str, int]]:
 
 def in_own_ranks(request: Request) -> int:
     """Starts request.tp ranks of work() on this host and waits for them; returns the exit code. Raises CommandFailed."""
+    left = RESTARTS if request.restart is not None else 0
     try:
-        with terminal_restored(), interrupts_kept_from_ranks():
-            return run_ranks(work, (request,), request.tp, threads=request.profile.threads_per_rank or None)[0]
+        while True:
+            try:
+                with terminal_restored(), interrupts_kept_from_ranks():
+                    return run_ranks(work, (request,), request.tp, threads=request.profile.threads_per_rank or None)[0]
+            except RankFailure as error:
+                if not left or error.reason.endswith("SIGINT") or error.reason.startswith(NOT_AGAIN):
+                    raise
+                left -= 1
+                print(f"hetero-attn: {error}; starting the ranks again", file=sys.stderr, flush=True)
     except RankFailure as error:
         if error.reason.endswith("SIGINT"):                    # it heard of the Ctrl-C before we did
             raise KeyboardInterrupt from None
         failed = CommandFailed(str(error))
         failed.add_note(error.traceback)
         raise failed from None
+    finally:
+        if request.restart is not None:
+            request.restart.unlink(missing_ok=True)            # nobody else knows its name
+
+
+def need_trust(trusted: bool) -> None:
+    """Raises CommandError where ranks are on several hosts and nobody said that the network between them is to be trusted."""
+    env = rendezvous.world()
+    if env.world_size > 1 and not rendezvous.on_one_host(env) and not trusted:
+        raise CommandError(f"the ranks meet at {os.environ.get('MASTER_ADDR', '?')}, which is not this host alone: what they send is not "
+                           "encrypted and whoever reaches the port can join; give --trust-network where that is right, set "
+                           "HETERO_ATTN_TOKEN on every rank against wrong peers, and see docs/network.md for ssh and WireGuard")
 
 
 @contextmanager

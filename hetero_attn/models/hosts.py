@@ -67,7 +67,8 @@ def _host(path: str | Path, number: int, given: Any) -> Host:
         raise ModelError(f"{path}: {where}.set is {sets!r}, expected profile keys with values, such as {{hardware.memory_gbps: 20}}")
     name = given["profile"]
     beside = Path(path).parent / name
-    profile = load_profile(str(beside) if name.endswith((".yaml", ".yml")) else name, sets=[f"{key}={value}" for key, value in sets.items()])
+    assigned = [f"{key}={value}" for key, value in sets.items()]
+    profile = load_profile(str(beside) if name.endswith((".yaml", ".yml")) else name, sets=assigned)
     device = given.get("device", profile.device)
     if str(device).partition(":")[0] != profile.device:
         raise ModelError(f"{path}: {where}.device is {device!r}, profile {profile.name!r} is for {profile.device}")

@@ -25,7 +25,8 @@ from hetero_attn.parallel.partition import Speed, shares, uneven
 from hetero_attn.parallel.sharding import Partition
 from hetero_attn.quantity import shown_bytes
 
-PROCESS = {"cpu": 270 << 20, "cuda": 900 << 20, "npu": 900 << 20}      # Python, torch and its libraries: on the CPU measured, else a round figure
+# Python, torch and its libraries: on the CPU measured, else a round figure for the device's own part.
+PROCESS = {"cpu": 270 << 20, "cuda": 900 << 20, "npu": 900 << 20}
 WINDOW_BLOCKS = 2               # of the streaming window, while a rank streams
 PROMPT = 128                    # tokens of the prompt that the first token's time is for
 REACHED = 0.6                   # of a matrix rate on paper that products of a prefill reach; the cpu backend: 0.6 to 1
@@ -193,7 +194,8 @@ def _sums(hosts: Hosts, config: ModelConfig, dtype: torch.dtype, rows: int) -> t
     if len(hosts.ranks) == 1 or link is None:
         return 0.0, ""
     nbytes, widening = rows * config.hidden_size * dtype.itemsize, 2.0 if dtype.itemsize == 2 else 1.0
-    each = {name: predict(link, "all_reduce", Route(name), len(hosts.ranks), nbytes, widening=widening) for name in CANDIDATES["all_reduce"]}
+    ranks = len(hosts.ranks)
+    each = {name: predict(link, "all_reduce", Route(name), ranks, nbytes, widening=widening) for name in CANDIDATES["all_reduce"]}
     best = min(each, key=each.get)
     return each[best] * 2 * config.layers + each[best], best             # and the embedding's, or its broadcast
 
@@ -239,4 +241,5 @@ def _remarks(hosts: Hosts, ranks: Sequence[RankPlan], token: float, reduce_s: fl
         yield f"the link takes {reduce_s / token:.0%} of a token's time: a codec (codec: auto) or a quicker link gains most"
     slow = max(ranks, key=lambda each: max(each.disk_s, each.compute_s))
     if slow.disk_s > slow.compute_s + reduce_s:
-        yield f"rank {slow.partition.rank}'s disk sets the pace: {slow.disk_s:.3g} s of reading a token; memory or a quicker disk gains most"
+        yield (f"rank {slow.partition.rank}'s disk sets the pace: {slow.disk_s:.3g} s of reading a token; memory or a quicker disk gains "
+               "most")

@@ -1,8 +1,8 @@
 """Who gets how much of the model when devices are unlike: in proportion to speed, as far as each one's memory and disk allow.
 
 A layer is over when its slowest rank is, so the best shares make all ranks take the same time. What a rank takes for a share is its
-product, or reading what does not fit into its memory if that is longer; the share it manages within a time T grows with T, and the smallest T
-at which all shares together make the whole is found by halving. Heads go in whole KV groups while there are enough of them.
+product, or reading what does not fit into its memory if that is longer; the share it manages within a time T grows with T, and the smallest
+T at which all shares together make the whole is found by halving. Heads go in whole KV groups while there are enough of them.
 """
 
 from __future__ import annotations
