@@ -133,3 +133,32 @@ def test_several_hosts_need_trust(folder):
 def test_restart_needs_prompts_and_a_name(folder):
     process = start(folder, "--chat", "--restart")
     assert b"a conversation is not written down" in process.communicate(timeout=60)[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchruns_elastic_restart_goes_on_with_the_text(folder, tmp_path):
+    """A worker killed under torchrun: its agent starts all ranks again, and what was shown before and after is the whole text."""
+    options = ("--prompt", "Hello", "--max-new-tokens", 250, "--ignore-eos", "--temperature", 0.8, "--seed", 4, "--profile", "edge")
+    expected, _ = start(folder, *options, "--tp", 2).communicate(timeout=120)
+    before = set(restart.folder().glob("*.jsonl"))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "--monitor-interval=0.2", "-m",
+                "hetero_attn")
+    process = start(folder, *options, "--restart", launcher=launcher)
+    deadline = time.monotonic() + 90
+    while not [log for log in set(restart.folder().glob("*.jsonl")) - before if log.read_text().count("\n") > 30]:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    (worker,) = [pid for pid in children(process.pid) if b"RANK=1" in environment(pid)]
+    os.kill(worker, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "going on after" in err.decode(), err.decode()
+    assert out.decode(errors="replace").removesuffix("\n") == expected.decode(errors="replace").removesuffix("\n")
+    assert not set(restart.folder().glob("*.jsonl")) - before
+
+
+def children(pid):
+    return [int(each) for each in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def environment(pid):
+    return open(f"/proc/{pid}/environ", "rb").read().split(b"\0")

@@ -82,6 +82,25 @@ def seventy(scratch: Path, quick: bool, say) -> dict:
     return {"ranks": found}
 
 
+LINK_SETS = {"star": ("algorithm=star",), "one_shot": ("algorithm=one_shot",), "auto": (), "auto, low-bit": ("codec=auto",)}
+
+
+def over_links(scratch: Path, quick: bool, say) -> dict:
+    """4 and 8 ranks over emulated 300 Mbit/s, 1 ms links (root only): token times by algorithm, weights held, beside one rank's."""
+    from links import links, unavailable
+
+    if reason := unavailable():
+        return {"skipped": reason}
+    folder, found = checkpoint(scratch, "links", say), {}
+    alone = run_ranks(ranks.generate, (str(folder), {}, 12), 1, threads=1)[0]["token_s"]
+    for count in (4,) if quick else (4, 8):
+        with links(count, 300, 1) as network:
+            for name, sets in LINK_SETS.items():
+                say(f"{count} ranks over links, {name}")
+                found[f"{count} {name}"] = network.run(ranks.over_links, (str(folder), sets, 12), timeout_s=120)[0]
+    return {"rows": found, "alone_s": alone}
+
+
 def repeat_layer(folder: Path, keys: dict) -> None:
     """Layer 0's files under every layer's name, by link: the same bytes on the disk, read anew for each layer."""
     manifest = json.loads((folder / "shard.json").read_text())
@@ -166,4 +185,4 @@ def machine() -> dict:
             "page": resource.getpagesize()}
 
 
-PARTS = {"main": main, "bits": bits, "ablation": ablation, "accelerate": accelerate, "seventy": seventy}
+PARTS = {"main": main, "bits": bits, "ablation": ablation, "accelerate": accelerate, "seventy": seventy, "links": over_links}

@@ -68,6 +68,35 @@ def generate(folder: str, options: dict, tokens: int, mbytes_s: float | None = N
     return found | figures(model)
 
 
+def over_links(folder: str, sets: tuple[str, ...], tokens: int) -> dict:
+    """A rank behind an emulated link, weights held: token times, and what the planner's link model says of the sums."""
+    from hetero_attn.collectives.choice import Route
+    from hetero_attn.collectives.cost import from_settings, predict
+    from hetero_attn.profile import load_profile
+
+    torch.set_num_threads(1)
+    model = load_model(folder, load_profile("edge", sets=sets), cache_tokens=64)
+    communicator, hidden = model.communicator, model.config.hidden_size
+    if communicator.rank:
+        serve(model)
+        return {}
+    with Driver(model) as driver:
+        driver.new_cache(64, 1)
+        sequence, times, feed = driver.add_sequence(), [], PROMPT
+        for _ in range(tokens):
+            began = time.perf_counter()
+            logits = driver.forward([sequence], [len(feed)], feed)
+            times.append(time.perf_counter() - began)
+            feed = [int(logits[0].argmax())]
+    world, nbytes = communicator.world_size, hidden * 2
+    base = communicator if communicator.base is None else communicator.base
+    route = base.choice.pick("all_reduce", nbytes, torch.bfloat16)
+    link = from_settings(1.0, 0.2, 0.0, 300.0, 300.0)
+    each = predict(link, "all_reduce", Route(route.algorithm), world, nbytes, widening=2.0)
+    return {"token_s": statistics.median(times[1:]), "times": times, "route": list(route), "sums": 2 * model.config.layers,
+            "predicted_sums_s": 2 * model.config.layers * each}
+
+
 def alone(folder: str, rank: int, world_size: int, options: dict, tokens: int) -> dict:
     """One rank by itself, of a group that this host could not hold or would take too long to run."""
     os.environ.pop("RANK", None)

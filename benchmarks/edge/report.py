@@ -82,6 +82,16 @@ def markdown(results: dict, plot: str | None) -> str:
         ranks = list(results["seventy"]["ranks"].values())
         lines += ["## 70B shape, 8 ranks, two of them one by one", "", "One layer's files stand for all 80 (read directly each time); sums "
                   "between ranks are left out, so a token's time is disk and products alone.", "", *_table(ranks), ""]
+    if results.get("links", {}).get("rows"):
+        alone = results["links"]["alone_s"]
+        lines += ["## Over emulated links, 300 Mbit/s and 1 ms", "", "4 layers of hidden 4096, weights held; predicted: the planner's link model "
+                  f"(1 ms, 300 Mbit/s, 0.2 ms a message) for the sums, and a rank's share of one rank's token ({alone * 1e3:.1f} ms).", "",
+                  "| ranks | asked for | route of a sum | token ms | predicted ms |", "|---:|---|---|---:|---:|"]
+        for name, row in results["links"]["rows"].items():
+            count, _, asked = name.partition(" ")
+            predicted = row["predicted_sums_s"] * (1 + 1 / row["sums"]) + alone / 2         # two cores do the ranks' products by turns
+            lines.append(f"| {count} | {asked} | {' '.join(row['route'])} | {row['token_s'] * 1e3:.1f} | {predicted * 1e3:.1f} |")
+        lines.append("")
     return "\n".join(lines)
 
 

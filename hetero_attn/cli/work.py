@@ -26,7 +26,7 @@ from hetero_attn.collectives import init_communicator, rendezvous
 from hetero_attn.models.budget import peak_bytes
 from hetero_attn.models.control import Driver, serve
 from hetero_attn.models.decoder import Decoder
-from hetero_attn.models.generate import Generation, generate
+from hetero_attn.models.generate import Generation, Piece, generate
 from hetero_attn.models.load import load_model
 from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.tokenizer import Tokenizer
@@ -90,8 +90,14 @@ def drive(driver: Driver, request: Request) -> list[Generation]:
                 print(f"going on after {log.tokens} tokens", file=sys.stderr, flush=True)
         skip = log.shown if log else 0
         printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo, skip=skip)
-        results = generate(driver.model, prompts, params, tokenizer=tokenizer, stream=printer, driver=driver, log=log,
-                           shown=lambda: printer.shown if printer else 0)
+
+        def show(piece: Piece) -> None:
+            printer(piece)
+            if log is not None:
+                log.note_shown(printer.shown)
+
+        stream = None if printer is None else show
+        results = generate(driver.model, prompts, params, tokenizer=tokenizer, stream=stream, driver=driver, log=log)
         if log is not None:
             log.remove()
     return results

@@ -67,7 +67,6 @@ def generate(
     cache_tokens: int | None = None,
     driver: Driver | None = None,
     log: RestartLog | None = None,
-    shown: Callable[[], int] = lambda: 0,
 ) -> list[Generation]:
     """Continues every prompt (text or token ids); results in the prompts' order, [] on ranks other than 0.
 
@@ -76,12 +75,12 @@ def generate(
     stream     called with each Piece as it comes
     max_batch, cache_tokens  bounds of what runs together; prompts beyond them wait
     driver     a Driver that is open already; None opens one for this call, and the other ranks' call (or serve(model)) ends with it
-    log        where each token is written down; what it has of this request already is gone on with. shown(): characters shown so far
+    log        where each token is written down; what it has of this request already is gone on with
 
     Raises ModelError (prompt longer than the context, empty prompt without a BOS, unknown token ids) before any work.
     """
     bounds = {"max_batch": max_batch, "cache_tokens": cache_tokens}
-    with GenerationStream(model, prompts, params, tokenizer=tokenizer, driver=driver, log=log, shown=shown, **bounds) as pieces:
+    with GenerationStream(model, prompts, params, tokenizer=tokenizer, driver=driver, log=log, **bounds) as pieces:
         results = []
         for piece in pieces:
             if stream is not None:
@@ -99,7 +98,6 @@ class GenerationStream:
 
     def __init__(
         self, model, prompts, params=None, *, tokenizer=None, max_batch=MAX_BATCH, cache_tokens=None, driver=None, log=None,
-        shown=lambda: 0,
     ):
         self._model, self._owned, self._pieces = model, None, iter(())
         if model.communicator.rank != 0:
@@ -119,7 +117,7 @@ class GenerationStream:
             if cache_tokens is None and memory is not None and memory.budget is not None:
                 cache_tokens = memory.tokens                     # what the memory budget left room for
             self.cache_tokens = _cache_tokens(running, max_batch, cache_tokens)
-            record = None if log is None else lambda sequence: log.record(sequence, shown())
+            record = None if log is None else log.record
             self._pieces = _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, self.cache_tokens, record)
         except BaseException:
             self.close()

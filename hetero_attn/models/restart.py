@@ -1,7 +1,7 @@
 """What rank 0 writes down of a generation, so that it can go on from the last complete token when the ranks have been started again.
 
-One line of JSON for a token: which sequence, which token, where its random numbers stand, how many characters have been shown. The cache
-is not kept; it is rebuilt by running prompt and new tokens as one prefill. The file holds the text's token ids: it lies on rank 0's machine
+One line of JSON for a token (which sequence, which token, where its random numbers stand), one for how many characters have been shown. The
+cache is not kept; it is rebuilt by running prompt and new tokens as one prefill. The file holds the text's token ids: it lies on rank 0's machine
 alone, readable by its user alone, and is removed at the end.
 """
 
@@ -38,9 +38,11 @@ class RestartLog:
         if lines and lines[0].get("request") == request:
             self.seed = lines[0]["seed"]
             for line in lines[1:]:
+                if "shown" in line:
+                    self.shown = line["shown"]
+                    continue
                 self._tokens.setdefault(line["sequence"], []).append(line["token"])
                 self._states[line["sequence"]] = base64.b64decode(line["random"]) if line["random"] else None
-                self.shown = line["shown"]
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with contextlib.suppress(FileNotFoundError):
@@ -60,11 +62,17 @@ class RestartLog:
             if state and sequence.generator is not None:
                 sequence.generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
-    def record(self, sequence: Sequence, shown: int) -> None:
-        """A sequence got a token. shown: characters shown before it."""
+    def record(self, sequence: Sequence) -> None:
+        """A sequence got a token."""
         state = None if sequence.generator is None else bytes(sequence.generator.get_state().numpy())
-        self._write({"sequence": sequence.index, "token": sequence.output[-1], "shown": shown,
+        self._write({"sequence": sequence.index, "token": sequence.output[-1],
                      "random": base64.b64encode(state).decode() if state else None})
+
+    def note_shown(self, characters: int) -> None:
+        """So many characters of all texts have reached the reader."""
+        if characters > self.shown:
+            self.shown = characters
+            self._write({"shown": characters})
 
     def remove(self) -> None:
         """The text is complete."""
