@@ -38,9 +38,10 @@ def main() -> int:
 
     stem = ROOT / "docs" / "measured" / (asked.write or "edge")
     known = stem.with_suffix(".json")
-    results = json.loads(known.read_text()) if asked.write and known.exists() else {}
+    results = {}
     for name in asked.only or parts.PARTS:
-        results[name] = parts.PARTS[name](asked.scratch, asked.quick, say) | {"machine": parts.machine()}
+        made = parts.PARTS[name](asked.scratch, asked.quick, say) | {"machine": parts.machine()}
+        results = (json.loads(known.read_text()) if asked.write and known.exists() else results) | {name: made}
         if asked.write:                              # after each part: they take minutes, and a later one may fail
             known.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(json.dumps(results))

@@ -84,8 +84,8 @@ def markdown(results: dict, plot: str | None) -> str:
                   "between ranks are left out, so a token's time is disk and products alone.", "", *_table(ranks), ""]
     if results.get("links", {}).get("rows"):
         alone = results["links"]["alone_s"]
-        lines += ["## Over emulated links, 300 Mbit/s and 1 ms", "", "4 layers of hidden 4096, weights held; predicted: the planner's link model "
-                  f"(1 ms, 300 Mbit/s, 0.2 ms a message) for the sums, and a rank's share of one rank's token ({alone * 1e3:.1f} ms).", "",
+        lines += ["## Over emulated links, 300 Mbit/s and 1 ms", "", "4 layers of hidden 4096, weights held; predicted: the planner's link "
+                  f"model (1 ms, 300 Mbit/s, 0.2 ms a message) for the sums, and a rank's share of one rank's token ({alone * 1e3:.1f} ms).", "",
                   "| ranks | asked for | route of a sum | token ms | predicted ms |", "|---:|---|---|---:|---:|"]
         for name, row in results["links"]["rows"].items():
             count, _, asked = name.partition(" ")
