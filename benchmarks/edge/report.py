@@ -85,7 +85,8 @@ def markdown(results: dict, plot: str | None) -> str:
     if results.get("links", {}).get("rows"):
         alone = results["links"]["alone_s"]
         lines += ["## Over emulated links, 300 Mbit/s and 1 ms", "", "4 layers of hidden 4096, weights held; predicted: the planner's link "
-                  f"model (1 ms, 300 Mbit/s, 0.2 ms a message) for the sums, and a rank's share of one rank's token ({alone * 1e3:.1f} ms).", "",
+                  "model (1 ms, 300 Mbit/s, 0.2 ms a message) for the sums, and products as of one rank's token "
+                  f"({alone * 1e3:.1f} ms) on two cores.", "",
                   "| ranks | asked for | route of a sum | token ms | predicted ms |", "|---:|---|---|---:|---:|"]
         for name, row in results["links"]["rows"].items():
             count, _, asked = name.partition(" ")

@@ -1,8 +1,8 @@
 """What rank 0 writes down of a generation, so that it can go on from the last complete token when the ranks have been started again.
 
-One line of JSON for a token (which sequence, which token, where its random numbers stand), one for how many characters have been shown.
-The cache is not kept; it is rebuilt by running prompt and new tokens as one prefill. The file holds the text's token ids: it lies on rank 0's machine
-alone, readable by its user alone, and is removed at the end.
+A line of JSON for each token (which sequence, which token, where its random numbers stand), and one for how many characters have been
+shown. The cache is not kept: it is rebuilt by running prompt and new tokens as one prefill. The file holds the text's token ids; it lies on
+rank 0's machine alone, readable by its user alone, and is removed at the end.
 """
 
 from __future__ import annotations
