@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model bench-edge
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -77,6 +77,9 @@ bench-volta-layout: $(VENV)/.dev   ## bank conflicts of the Volta kernels by sha
 
 bench-ascend-model: $(VENV)/.bench   ## two levels of tiling against one on Ascend chips, by the executable model (a model, no NPU; 2 minutes)
 	$(BIN)/python benchmarks/ascend_model.py $(BENCH)
+
+bench-edge: $(VENV)/.bench     ## models larger than memory: 7B and 70B shapes, windows, Accelerate (30 GB of disk; BENCH="--quick --only main")
+	$(BIN)/python benchmarks/edge.py $(BENCH)
 
 prove-links:               ## emulated 300 Mbit/s, 1 ms links between 4 ranks (root only): what they measure to be
 	$(PYTHON) benchmarks/links.py --ranks 4 --rate 300 --delay 1 --prove

@@ -21,6 +21,7 @@ VARIABLES: dict[str, str] = {
     "HETERO_ATTN_PREBUILD": "1 = building a wheel of this project compiles the kernels into it (`make wheel-prebuilt`)",
     "HETERO_ATTN_CPU_INSTRUCTION_SET": "which kernels of backend cpu run: avx512bf16, avx512, avx2, neon, portable (else the best here)",
     "HETERO_ATTN_CPU_FLAGS": "further compiler flags for them, '-g -fsanitize=address' (the objects are then others)",
+    "HETERO_ATTN_TOKEN": "secret that all ranks of `generate` must know; a rank that does not is named and refused",
     "HETERO_ATTN_DEBUG": "1 = the command line shows the traceback of an error",
     "HETERO_ATTN_TEST_BACKENDS": "attention backends the conformance suite runs, separated by commas (else all that are found)",
     "HETERO_ATTN_TEST_DEVICE": "device type the attention suite runs on (else each on which the backend runs a plain case)",

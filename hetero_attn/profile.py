@@ -22,6 +22,7 @@ from hetero_attn.overlay import OverlayKey, nested, read_overlay, write_overlay
 from hetero_attn.profile_detect import Detect, choose, device_name, present_device, shipped_profiles, unknown_profile
 from hetero_attn.profile_fields import Origins, ProfileError, check_fields, leaves, sections, setting
 from hetero_attn.profile_yaml import Entry, compose, entries, pairs, parse_set, plain, read_text
+from hetero_attn.quantity import SIZE_FORM, SIZE_PATTERN
 
 __all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "ProfileError",
            "detect", "load_profile", "save_overlay", "shipped_profiles"]
@@ -64,6 +65,10 @@ class DeviceProfile:
     shared_heap_bytes: int = setting("Communicator cpu: a rank's room for tensors in shared memory, bytes, a multiple of 4096; it "
                                      "grows when a tensor does not fit", default=4 << 20, minimum=4096)
     threads_per_rank: int = setting("CPU threads of one rank; 0 = cores divided by the ranks of this host", default=0, minimum=0)
+    memory_budget: str | None = setting("Memory of one rank's whole process; weights beyond it are streamed from disk; null = all held",
+                                        default=None, pattern=SIZE_PATTERN, form=SIZE_FORM)
+    window: int | None = setting("Blocks (attention or MLP of a layer) in the streaming window; null = what is quickest within the budget",
+                                 default=None, minimum=1)
     hardware: Hardware = field(default_factory=Hardware, metadata={"doc": "The device's numbers, each with its source beside it"})
     link: Link = field(default_factory=Link, metadata={"doc": "The link between ranks, measured by `hetero-attn tune` into the overlay"})
     origins: Mapping[str, str] = field(default_factory=Origins, compare=False, repr=False)

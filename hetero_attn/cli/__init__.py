@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hetero_attn.cli import build, calibrate, doctor, explain, generate, tune
+from hetero_attn.cli import build, calibrate, doctor, explain, generate, plan, shard, tune
 from hetero_attn.cli.errors import CommandError, report
 
-SUBCOMMANDS = (build, calibrate, doctor, explain, generate, tune)
+SUBCOMMANDS = (build, calibrate, doctor, explain, generate, plan, shard, tune)
 
 
 class Parser(argparse.ArgumentParser):

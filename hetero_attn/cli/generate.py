@@ -62,7 +62,17 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     where.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the profile's")
     where.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, npu")
     where.add_argument("--vocabulary", choices=["sharded", "master"], help="embedding and head over all ranks, or on rank 0")
+    where.add_argument("--memory-budget", metavar="SIZE", help="memory of each rank's whole process, such as 3GiB: weights that do not fit "
+                                                               "are streamed from the disk for every token")
+    where.add_argument("--window", type=int, metavar="N", help="blocks of a layer (attention or MLP) that the streaming window holds "
+                                                               "(default: what is quickest)")
     where.add_argument("--timeout", type=float, metavar="SECONDS", help="longest wait for another rank (the profile's timeout_s)")
+
+    faults = parser.add_argument_group("faults and networks")
+    faults.add_argument("--restart", action="store_true", help="when a rank is lost, go on from the last complete token: ranks of this "
+                                                              "host are started again up to 3 times, torchrun's by its --max-restarts")
+    faults.add_argument("--trust-network", action="store_true", help="ranks on several hosts: tensors travel unencrypted, whoever "
+                                                                    "reaches the port can join (HETERO_ATTN_TOKEN; docs/network.md)")
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, at the end")

@@ -11,6 +11,7 @@ from typing import Any
 from hetero_attn.cli.request import Request
 from hetero_attn.collectives.codec import Traffic
 from hetero_attn.models.generate import Generation, Piece
+from hetero_attn.quantity import shown_bytes
 from hetero_attn.spec import dtype_name
 
 
@@ -18,10 +19,11 @@ class TextPrinter:
     """Prints pieces in the prompts' order: the first unfinished prompt's as they come, the later ones' when their turn is there.
 
     Several prompts get a heading each, and where `echo` holds the prompts, their text too. stream=False holds a text back until it is
-    complete.
+    complete. skip: characters that an earlier start of the same command has shown; `shown` counts all, theirs included.
     """
 
-    def __init__(self, count: int, *, stream: bool = True, echo: Sequence[str] = (), file=None):
+    def __init__(self, count: int, *, stream: bool = True, echo: Sequence[str] = (), file=None, skip: int = 0):
+        self.shown, self._skip = 0, skip
         self._count, self._stream, self._file = count, stream, file or sys.stdout
         self._texts, self._ended = [""] * count, [False] * count
         self._echo = echo
@@ -52,8 +54,11 @@ class TextPrinter:
 
     def _write(self, text: str) -> None:
         if text:
-            self._file.write(text)
-            self._file.flush()
+            fresh = text[max(0, self._skip - self.shown) :]
+            self.shown += len(text)
+            if fresh:
+                self._file.write(fresh)
+                self._file.flush()
             self._written = text
 
 
@@ -80,12 +85,23 @@ def report_speed(request: Request, results: Sequence[Generation]) -> None:
           file=sys.stderr, flush=True)
 
 
-def report_json(request: Request, results: Sequence[Generation], load_s: float, traffic: Traffic | None = None) -> None:
-    """The one object on stdout; results are in the prompts' (or turns') order. traffic: of rank 0's codecs, if it has any."""
+def report_peaks(peaks: Sequence[dict[str, int]]) -> None:
+    """A line a rank on stderr: what it was predicted to hold at most, and what it held."""
+    for rank, peak in enumerate(peaks):
+        limit = f", budget {shown_bytes(peak['budget'])}" if peak["budget"] else ""
+        print(f"rank {rank}: peak memory {shown_bytes(peak['measured'])} (predicted {shown_bytes(peak['predicted'])}{limit})",
+              file=sys.stderr, flush=True)
+
+
+def report_json(
+    request: Request, results: Sequence[Generation], load_s: float, traffic: Traffic | None = None, peaks: Sequence[dict[str, int]] = (),
+) -> None:
+    """The one object on stdout; results are in the prompts' (or turns') order. traffic: of rank 0's codecs, if it has any. peaks: bytes of
+    every rank, under `memory`."""
     facts = {
         "model": str(request.model), "profile": request.profile.name, "backend": request.runs_on, "device": request.profile.device,
         "dtype": dtype_name(request.dtype), "vocabulary": request.vocabulary, "tp": request.tp, "seed": request.params.seed,
-        "load_s": load_s, **speed(results), "codec": codec_facts(traffic),
+        "load_s": load_s, **speed(results), "codec": codec_facts(traffic), "memory": list(peaks),
         "results": [_as_dict(place, result) for place, result in enumerate(results)],
     }
     json.dump(facts, sys.stdout, ensure_ascii=False)

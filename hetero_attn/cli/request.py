@@ -6,6 +6,8 @@ process: the directory and its headers, the tokenizer, the tensor-parallel size,
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -17,15 +19,20 @@ import torch
 from hetero_attn import registry
 from hetero_attn.cli.errors import CommandError
 from hetero_attn.communicator import Communicator
+from hetero_attn.models import restart
 from hetero_attn.models.calibration import CALIBRATED, find_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig
 from hetero_attn.models.decoder import Decoder
-from hetero_attn.models.generate import generation_config, prompt_ids
+from hetero_attn.models.generate import CACHE_TOKENS, MAX_BATCH, generation_config, new_token_limit, prompt_ids
+from hetero_attn.models.load import open_model, own_partition
 from hetero_attn.models.sampling import SamplingParams
+from hetero_attn.models.shard_folder import rank_folder
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.models.weights import Checkpoint
+from hetero_attn.parallel.sharding import Partition
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.profile_detect import present_device
+from hetero_attn.quantity import parse_bytes
 from hetero_attn.spec import AttentionSpec
 
 LONGEST_TIMEOUT_S = 1_000_000       # torch's store counts 32-bit milliseconds
@@ -53,6 +60,10 @@ class Request:
     echo: bool
     interactive: bool               # a conversation with whoever is at standard input
     bar: bool | None
+    cache_tokens: int | None        # the longest that the prompts and their texts can get; None where rank 0 alone knows
+    cache_sequences: int
+    restart: Path | None            # where the tokens are written down, so that a restart goes on with them
+    trust_network: bool
 
 
 def checked(args, world_size: int, *, rank: int = 0) -> Request:
@@ -64,19 +75,20 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         raise CommandError("--echo prints prompts before their text: leave it out with --json and --chat")
     if args.system is not None and not args.chat:
         raise CommandError("--system is the first message of a conversation: give --chat too")
-    config = ModelConfig.from_dir(args.model)
-    checkpoint = Checkpoint(args.model)
-    profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=config.path.resolve().name)
+    folder = rank_folder(args.model, rank, world_size)
+    config, checkpoint = open_model(folder)
+    profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=Path(args.model).resolve().name)
     device = present_device(args.device if args.device is not None else profile.device)
     if profile.codec == CALIBRATED and world_size > 1 and rank == 0:
         find_calibration(profile, config, world_size, device)
     if device.type != profile.device:
         raise CommandError(f"--device is {args.device}, profile {profile.name!r} is for {profile.device}; leave one of the two out")
-    vocabulary = args.vocabulary or profile.vocabulary
+    vocabulary = args.vocabulary or (checkpoint.manifest or profile).vocabulary
     dtype = _dtype(args.dtype or profile.dtype, config, checkpoint)
-    _check_weights(config, checkpoint, world_size, vocabulary)
-    tokenizer = Tokenizer.from_dir(args.model)
-    params = _params(args, tokenizer)
+    partition = own_partition(checkpoint, rank, world_size, vocabulary)
+    _check_weights(config, checkpoint, rank, world_size, vocabulary, partition)
+    tokenizer = Tokenizer.from_dir(folder) if rank == 0 else None            # a worker's folder has none
+    params = _params(args, folder)
     sources = _sources(args)
     prompts = tuple(text if kind == "text" else _read(text) for kind, text in sources) if rank == 0 else ()
     request = Request(
@@ -84,11 +96,14 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         runs_on=_backend(args.backend, config, world_size, dtype, device, profile), dtype=dtype, device=args.device, vocabulary=vocabulary,
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
-        bar=True if args.progress else None,
+        bar=True if args.progress else None, cache_tokens=None, cache_sequences=1,
+        restart=_restart_file(args, bool(sources)), trust_network=args.trust_network,
     )
-    for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts)):
-        prompt_ids(prompt, config, tokenizer, name)
-    if request.interactive:
+    ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
+    if ids:
+        longest = sum(len(each) + new_token_limit(each, params, config) for each in ids)
+        request = replace(request, cache_tokens=min(longest, CACHE_TOKENS), cache_sequences=min(len(ids), MAX_BATCH))
+    if request.interactive and rank == 0:
         tokenizer.chat([*opening(request), {"role": "user", "content": "?"}])
     return request
 
@@ -106,25 +121,50 @@ def as_prompts(request: Request, tokenizer: Tokenizer) -> list[str | list[int]]:
     return [tokenizer.encode(tokenizer.chat(turn), add_special_tokens=False) for turn in turns]
 
 
+def _restart_file(args, prompted: bool) -> Path | None:
+    """The file for --restart: the same one in every start of one run. Raises CommandError for a conversation."""
+    if not args.restart:
+        return None
+    if not prompted:
+        raise CommandError("--restart goes on with the text of prompts: give --prompt, a conversation is not written down")
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if "RANK" in os.environ and run_id in ("", "none"):
+        raise CommandError("--restart under torchrun needs a name for the run, the same in every start: give torchrun --rdzv-id NAME")
+    name = hashlib.sha256(run_id.encode()).hexdigest()[:16] if run_id else secrets.token_hex(8)
+    return restart.folder() / f"{name}.jsonl"
+
+
 def _names(prompts: Sequence[str]) -> list[str]:
     return ["the prompt"] if len(prompts) == 1 else [f"prompt {number} of {len(prompts)}" for number in range(1, len(prompts) + 1)]
 
 
 def _sets(args) -> list[str]:
-    if args.timeout is None:
-        return args.set
-    if not 0 < args.timeout <= LONGEST_TIMEOUT_S:
-        raise CommandError(f"--timeout is {args.timeout:g}, expected seconds: above 0, at most {LONGEST_TIMEOUT_S}")
-    return [*args.set, f"timeout_s={args.timeout:f}"]           # YAML takes 1e-05 for a string
+    """--set and the options that are profile values by another name."""
+    sets = list(args.set)
+    if args.memory_budget is not None:
+        try:
+            parse_bytes(args.memory_budget)
+        except ValueError as error:
+            raise CommandError(f"--memory-budget: {error}") from None
+        sets.append(f"memory_budget={args.memory_budget.strip()}")
+    if args.window is not None:
+        if args.window < 1:
+            raise CommandError(f"--window is {args.window}, expected at least 1 block")
+        sets.append(f"window={args.window}")
+    if args.timeout is not None:
+        if not 0 < args.timeout <= LONGEST_TIMEOUT_S:
+            raise CommandError(f"--timeout is {args.timeout:g}, expected seconds: above 0, at most {LONGEST_TIMEOUT_S}")
+        sets.append(f"timeout_s={args.timeout:f}")                # YAML takes 1e-05 for a string
+    return sets
 
 
-def _params(args, tokenizer: Tokenizer) -> SamplingParams:
+def _params(args, folder: Path) -> SamplingParams:
     given = {name: getattr(args, name) for name in SAMPLING}
-    stored = generation_config(args.model)
+    stored = generation_config(folder)
     try:
         SamplingParams.from_generation_config(stored)
     except (TypeError, ValueError) as error:
-        raise CommandError(f"{args.model}/generation_config.json: {error}") from None
+        raise CommandError(f"{folder}/generation_config.json: {error}") from None
     try:
         params = SamplingParams.from_generation_config(stored, **given, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
     except (TypeError, ValueError) as error:
@@ -157,9 +197,12 @@ def _dtype(name: str, config: ModelConfig, checkpoint: Checkpoint) -> torch.dtyp
     return (config.dtype or checkpoint.dtype) if name == "auto" else DTYPES[name]
 
 
-def _check_weights(config: ModelConfig, checkpoint: Checkpoint, world_size: int, vocabulary: str) -> None:
-    """Every tensor the model needs is in the checkpoint, in its shape and a usable dtype, and can be cut for this many ranks."""
-    shape = Decoder(config, Communicator(0, world_size, device="meta"), dtype=torch.float32, device="meta", vocabulary=vocabulary)
+def _check_weights(
+    config: ModelConfig, checkpoint: Checkpoint, rank: int, world_size: int, vocabulary: str, partition: Partition | None
+) -> None:
+    """Every tensor the rank needs is in the checkpoint, in its shape and a usable dtype, and can be cut for this many ranks."""
+    shape = Decoder(config, Communicator(rank, world_size, device="meta"), dtype=torch.float32, device="meta", vocabulary=vocabulary,
+                    partition=partition)
     checkpoint.check(shape.shards(set(checkpoint.entries)))
 
 

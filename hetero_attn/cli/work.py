@@ -12,22 +12,30 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import resource_tracker
 
 import torch
 
 from hetero_attn.cli.chat import converse
-from hetero_attn.cli.errors import REFUSED, CommandFailed, report
-from hetero_attn.cli.output import TextPrinter, report_json, report_speed
+from hetero_attn.cli.errors import REFUSED, CommandError, CommandFailed, report
+from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_speed
 from hetero_attn.cli.progress import ByteProgress
 from hetero_attn.cli.request import Request, as_prompts
-from hetero_attn.collectives import init_communicator
+from hetero_attn.collectives import init_communicator, rendezvous
+from hetero_attn.models.budget import peak_bytes
 from hetero_attn.models.control import Driver, serve
-from hetero_attn.models.generate import generate
+from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.generate import Generation, Piece, generate
 from hetero_attn.models.load import load_model
+from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.tokenizer import Tokenizer
+from hetero_attn.parallel.challenge import challenge
 from hetero_attn.parallel.launch import RankFailure, run_ranks
 from hetero_attn.registry import use_backend
+
+RESTARTS = 3                    # of ranks started here
+NOT_AGAIN = ("ModelError", "CommandError", "ProfileError", "UnsupportedError", "WindowError", "LogitsError")    # what a restart cannot mend
 
 
 def work(request: Request) -> int:
@@ -36,7 +44,9 @@ def work(request: Request) -> int:
         # Ctrl-C reaches every rank of a terminal, and the launcher sends it on: end at once, nobody waits for an orderly goodbye.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    need_trust(request.trust_network)
     with init_communicator(request.profile, device=request.device) as communicator, use_backend(request.backend):
+        challenge(communicator, os.environ.get("HETERO_ATTN_TOKEN") or None)
         first = communicator.rank == 0
         if request.profile.threads_per_rank:
             torch.set_num_threads(request.profile.threads_per_rank)
@@ -44,14 +54,18 @@ def work(request: Request) -> int:
         model = load_model(
             request.model, request.profile, communicator=communicator, dtype=request.dtype, vocabulary=request.vocabulary,
             progress=ByteProgress("loading weights", bar=request.bar) if first else None,
+            cache_tokens=request.cache_tokens, cache_sequences=request.cache_sequences,
         )
+        tell_plan(model)
         if not first:
             serve(model)
+            gather_peaks(model)
             return 0
         load_s = time.perf_counter() - started
         try:
             with Driver(model) as driver:
-                drive(driver, request, load_s)
+                results = drive(driver, request)
+            summarise(request, results, load_s, model)
         except (*REFUSED, BrokenPipeError) as error:
             if driver.broken:
                 raise
@@ -59,37 +73,98 @@ def work(request: Request) -> int:
     return 0
 
 
-def drive(driver: Driver, request: Request, load_s: float) -> None:
-    """Rank 0's part with the model loaded."""
+def drive(driver: Driver, request: Request) -> list[Generation]:
+    """Rank 0's part with the model loaded: prints the texts, unless they are to come as JSON, and returns them."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")               # a terminal that cannot show a character is no reason to stop
-    tokenizer = Tokenizer.from_dir(request.model)
+    tokenizer = Tokenizer.from_dir(driver.model.config.path)
     if request.interactive:
         results = converse(driver, tokenizer, request)
     else:
         echo = request.prompts if request.echo else ()
-        printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo)
-        results = generate(driver.model, as_prompts(request, tokenizer), request.params, tokenizer=tokenizer, stream=printer, driver=driver)
-    codecs = driver.model.communicator.codecs
+        prompts, params, log = as_prompts(request, tokenizer), request.params, None
+        if request.restart is not None:
+            log = RestartLog(request.restart, prompts, params)
+            params = replace(params, seed=log.seed)
+            if log.tokens:
+                print(f"going on after {log.tokens} tokens", file=sys.stderr, flush=True)
+        skip = log.shown if log else 0
+        printer = None if request.json else TextPrinter(len(request.prompts), stream=request.stream, echo=echo, skip=skip)
+
+        def show(piece: Piece) -> None:
+            printer(piece)
+            if log is not None:
+                log.note_shown(printer.shown)
+
+        stream = None if printer is None else show
+        results = generate(driver.model, prompts, params, tokenizer=tokenizer, stream=stream, driver=driver, log=log)
+        if log is not None:
+            log.remove()
+    return results
+
+
+def summarise(request: Request, results: list[Generation], load_s: float, model: Decoder) -> None:
+    """What rank 0 says at the end, when the others have been released. The last word with them is how much memory each has held."""
+    peaks, codecs = gather_peaks(model), model.communicator.codecs
     traffic = None if codecs is None else codecs.traffic
     if request.json:
-        report_json(request, results, load_s, traffic)
+        report_json(request, results, load_s, traffic, peaks)
     report_speed(request, results)
+    report_peaks(peaks)
     if traffic is not None and traffic.sites:
         print(f"codec, on rank 0: {traffic.summary()}", file=sys.stderr, flush=True)
 
 
+def tell_plan(model: Decoder) -> None:
+    """Every rank's memory plan on stderr, in rank order, where weights are streamed."""
+    for rank in range(model.communicator.world_size if model.memory is not None else 0):
+        if rank == model.communicator.rank:
+            print(model.memory.summary(rank), file=sys.stderr, flush=True)
+        if model.communicator.world_size > 1:
+            model.communicator.barrier(site="memory")
+
+
+def gather_peaks(model: Decoder) -> list[dict[str, int]]:
+    """Budget (0: none), predicted and measured peak of every rank, bytes; [] where no weights are streamed. All ranks call it together."""
+    if model.memory is None:
+        return []
+    own = torch.tensor([[model.memory.budget or 0, model.memory.predicted, peak_bytes()]], device=model.communicator.device)
+    if model.communicator.world_size > 1:
+        own = model.communicator.all_gather(own, sizes=[1] * model.communicator.world_size, site="memory")
+    return [dict(zip(("budget", "predicted", "measured"), row)) for row in own.tolist()]
+
+
 def in_own_ranks(request: Request) -> int:
     """Starts request.tp ranks of work() on this host and waits for them; returns the exit code. Raises CommandFailed."""
+    left = RESTARTS if request.restart is not None else 0
     try:
-        with terminal_restored(), interrupts_kept_from_ranks():
-            return run_ranks(work, (request,), request.tp, threads=request.profile.threads_per_rank or None)[0]
+        while True:
+            try:
+                with terminal_restored(), interrupts_kept_from_ranks():
+                    return run_ranks(work, (request,), request.tp, threads=request.profile.threads_per_rank or None)[0]
+            except RankFailure as error:
+                if not left or error.reason.endswith("SIGINT") or error.reason.startswith(NOT_AGAIN):
+                    raise
+                left -= 1
+                print(f"hetero-attn: {error}; starting the ranks again", file=sys.stderr, flush=True)
     except RankFailure as error:
         if error.reason.endswith("SIGINT"):                    # it heard of the Ctrl-C before we did
             raise KeyboardInterrupt from None
         failed = CommandFailed(str(error))
         failed.add_note(error.traceback)
         raise failed from None
+    finally:
+        if request.restart is not None:
+            request.restart.unlink(missing_ok=True)            # nobody else knows its name
+
+
+def need_trust(trusted: bool) -> None:
+    """Raises CommandError where ranks are on several hosts and nobody said that the network between them is to be trusted."""
+    env = rendezvous.world()
+    if env.world_size > 1 and not rendezvous.on_one_host(env) and not trusted:
+        raise CommandError(f"the ranks meet at {os.environ.get('MASTER_ADDR', '?')}, which is not this host alone: what they send is not "
+                           "encrypted and whoever reaches the port can join; give --trust-network where that is right, set "
+                           "HETERO_ATTN_TOKEN on every rank against wrong peers, and see docs/network.md for ssh and WireGuard")
 
 
 @contextmanager

@@ -13,18 +13,24 @@ import torch
 
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
-from hetero_attn.parallel.sharding import VOCABULARIES
+from hetero_attn.parallel.sharding import VOCABULARIES, Partition
 
 SITE = "agreement"
 _DTYPES = list(DTYPES)
 
 
-def check_agreement(config: ModelConfig, dtype: torch.dtype, vocabulary: str, communicator: Communicator) -> None:
-    """Raises ModelError, on every rank alike, when the ranks differ in the model, its dtype or its vocabulary."""
+def check_agreement(
+    config: ModelConfig, dtype: torch.dtype, vocabulary: str, communicator: Communicator, partitions: tuple[Partition, ...] = ()
+) -> None:
+    """Raises ModelError, on every rank alike, when the ranks differ in the model, its dtype, its vocabulary or who has what of it.
+
+    partitions: of all ranks; () = the even split, which follows from the rest.
+    """
     if communicator.world_size == 1:
         return
     own = [_digest(config), _DTYPES.index(str(dtype).removeprefix("torch.")), VOCABULARIES.index(vocabulary)]
-    mine = torch.tensor([own], dtype=torch.int64, device=communicator.device)                        # [1, 3]
+    own.append(_number([each.parts for each in partitions]) if partitions else 0)
+    mine = torch.tensor([own], dtype=torch.int64, device=communicator.device)                        # [1, 4]
     ranks = communicator.all_gather(mine, sizes=[1] * communicator.world_size, site=SITE).tolist()
     for rank, theirs in enumerate(ranks):
         if theirs[1] != ranks[0][1]:
@@ -35,9 +41,16 @@ def check_agreement(config: ModelConfig, dtype: torch.dtype, vocabulary: str, co
                              f"{VOCABULARIES[theirs[2]]!r} (profiles may prefer unlike ones); name one on every rank")
         if theirs[0] != ranks[0][0]:
             raise ModelError(f"rank {rank} reads another model than rank 0: their config.json differ; give every rank the same model")
+        if theirs[3] != ranks[0][3]:
+            raise ModelError(f"rank {rank} has another partition of the model than rank 0: take all ranks' folders from one run of "
+                             "hetero-attn shard, and give every rank the same hosts")
 
 
 def _digest(config: ModelConfig) -> int:
     """63 bits of everything in the configuration but where it lies on this host's disk."""
     text = "|".join(f"{field.name}={getattr(config, field.name)!r}" for field in fields(config) if field.name != "path")
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return _number(text)
+
+
+def _number(value: object) -> int:
+    return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:8], "little") >> 1

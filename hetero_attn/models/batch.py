@@ -111,7 +111,7 @@ class Batch:
         room, planned = self._prefill_chunk, []
         for sequence in self._active:
             count = sequence.length - sequence.cached
-            if not sequence.output:                                            # still in its prompt
+            if count > 1:                                                      # still in its prompt, or run again after a restart
                 count = min(count, room)
                 room -= count
             if count:

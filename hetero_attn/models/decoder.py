@@ -68,8 +68,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """One rank of a tensor-parallel decoder. Made by load_model; parameters are empty until the checkpoint's shards are read.
 
-    config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes.
+    config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes; memory and
+    window are the plan and the WeightWindow of a model that streams its weights (models/budget.py), else None.
     """
+
+    memory = window = None
 
     def __init__(
         self,
@@ -81,11 +84,13 @@ class Decoder(nn.Module):
         vocabulary: str = "sharded",
         kv_block_size: int = 16,
         profile=None,
+        partition: Partition | None = None,
     ):
-        """Raises ModelError when the model cannot be cut for this world size (the text lists the sizes that work)."""
+        """partition: this rank's part, None = an even one. Raises ModelError when the model cannot be cut for this world size (the text
+        lists the sizes that work)."""
         super().__init__()
         try:
-            self.partition = Partition.of(
+            self.partition = partition or Partition.of(
                 communicator.rank, communicator.world_size, q_heads=config.q_heads, kv_heads=config.kv_heads,
                 ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary,
             )

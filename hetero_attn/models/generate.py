@@ -19,6 +19,7 @@ from pathlib import Path
 from hetero_attn.models.batch import Batch, Sequence
 from hetero_attn.models.config import ModelError, read_json
 from hetero_attn.models.control import Driver, serve
+from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.text_stream import StopFilter, StreamingDecoder
 from hetero_attn.models.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ def generate(
     max_batch: int = MAX_BATCH,
     cache_tokens: int | None = None,
     driver: Driver | None = None,
+    log: RestartLog | None = None,
 ) -> list[Generation]:
     """Continues every prompt (text or token ids); results in the prompts' order, [] on ranks other than 0.
 
@@ -73,11 +75,12 @@ def generate(
     stream     called with each Piece as it comes
     max_batch, cache_tokens  bounds of what runs together; prompts beyond them wait
     driver     a Driver that is open already; None opens one for this call, and the other ranks' call (or serve(model)) ends with it
+    log        where each token is written down; what it has of this request already is gone on with
 
     Raises ModelError (prompt longer than the context, empty prompt without a BOS, unknown token ids) before any work.
     """
     bounds = {"max_batch": max_batch, "cache_tokens": cache_tokens}
-    with GenerationStream(model, prompts, params, tokenizer=tokenizer, driver=driver, **bounds) as pieces:
+    with GenerationStream(model, prompts, params, tokenizer=tokenizer, driver=driver, log=log, **bounds) as pieces:
         results = []
         for piece in pieces:
             if stream is not None:
@@ -93,7 +96,9 @@ class GenerationStream:
     The request is checked when it is made. Closing it (also by dropping it) ends the work and releases the other ranks.
     """
 
-    def __init__(self, model, prompts, params=None, *, tokenizer=None, max_batch=MAX_BATCH, cache_tokens=None, driver=None):
+    def __init__(
+        self, model, prompts, params=None, *, tokenizer=None, max_batch=MAX_BATCH, cache_tokens=None, driver=None, log=None,
+    ):
         self._model, self._owned, self._pieces = model, None, iter(())
         if model.communicator.rank != 0:
             self._pieces = _follow(model)
@@ -105,9 +110,15 @@ class GenerationStream:
                 raise ValueError(f"max_batch is {max_batch}, expected at least 1")
             tokenizer = tokenizer or tokenizer_of(model, needed=any(isinstance(prompt, str) for prompt in prompts))
             sequences = sequences_of(model, prompts, params, tokenizer)
+            if log is not None:
+                log.restore(sequences)
             running = [sequence for sequence in sequences if sequence.limit]
+            memory = getattr(model, "memory", None)
+            if cache_tokens is None and memory is not None and memory.budget is not None:
+                cache_tokens = memory.tokens                     # what the memory budget left room for
             self.cache_tokens = _cache_tokens(running, max_batch, cache_tokens)
-            self._pieces = _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, self.cache_tokens)
+            record = None if log is None else log.record
+            self._pieces = _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, self.cache_tokens, record)
         except BaseException:
             self.close()
             raise
@@ -141,11 +152,11 @@ class GenerationStream:
                 self.close()
 
 
-def _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, cache_tokens) -> Iterator[Piece]:
+def _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, cache_tokens, record) -> Iterator[Piece]:
     # Not a method: a generator that held its stream would keep it from ending when it is dropped.
     if running:
         driver.new_cache(cache_tokens, min(max_batch, len(running)))
-    yield from run(driver, sequences, tokenizer, max_batch=max_batch)
+    yield from run(driver, sequences, tokenizer, max_batch=max_batch, record=record)
 
 
 def _follow(model) -> Iterator[Piece]:
@@ -153,8 +164,14 @@ def _follow(model) -> Iterator[Piece]:
     yield from ()
 
 
-def run(driver: Driver, sequences: SequenceOf[Sequence], tokenizer: Tokenizer | None, *, max_batch: int) -> Iterator[Piece]:
-    """Runs sequences to their ends on the driver's cache. An iterator that is dropped leaves unfinished sequences in the cache."""
+def run(
+    driver: Driver, sequences: SequenceOf[Sequence], tokenizer: Tokenizer | None, *, max_batch: int,
+    record: Callable[[Sequence], None] | None = None,
+) -> Iterator[Piece]:
+    """Runs sequences to their ends on the driver's cache. An iterator that is dropped leaves unfinished sequences in the cache.
+
+    Output that a sequence has already (after a restart) is told first. record: called with a sequence that got a token.
+    """
     model = driver.model
     texts = {sequence.index: _Text(sequence, tokenizer) for sequence in sequences}
     profile = getattr(model, "profile", None)
@@ -163,11 +180,21 @@ def run(driver: Driver, sequences: SequenceOf[Sequence], tokenizer: Tokenizer | 
         if not sequence.limit:                                  # nothing was asked for
             yield texts[sequence.index].piece("length")
     eos_ids = eos_of(model, tokenizer)
-    batch = Batch(driver, [sequence for sequence in sequences if sequence.limit], max_batch=max_batch, prefill_chunk=chunk)
+    ended = set()
+    for sequence in sequences:
+        for token in sequence.output if sequence.limit else ():
+            reason = texts[sequence.index].push(token, eos_ids)
+            yield texts[sequence.index].piece(reason)
+            if reason is not None:
+                ended.add(sequence.index)
+    waiting = [sequence for sequence in sequences if sequence.limit and sequence.index not in ended]
+    batch = Batch(driver, waiting, max_batch=max_batch, prefill_chunk=chunk)
     while not batch.done:
         pieces = []
         for sequence in batch.step():
             text = texts[sequence.index]
+            if record is not None:
+                record(sequence)
             reason = text.push(sequence.output[-1], eos_ids)
             if reason is not None:
                 batch.finish(sequence)
@@ -182,15 +209,15 @@ class _Text:
         self._sequence, self._started, self._first = sequence, time.perf_counter(), None
         self._decoder = None if tokenizer is None else StreamingDecoder(tokenizer, sequence.prompt)
         self._stop = StopFilter(sequence.params.stop)
-        self._shown, self._new = [], ""
+        self._shown, self._new, self._pushed = [], "", 0
 
     def push(self, token: int, eos_ids: frozenset[int]) -> str | None:
         """Takes the sequence's newest token; returns the finish reason when it is the last."""
-        self._first = self._first or time.perf_counter()
+        self._first, self._pushed = self._first or time.perf_counter(), self._pushed + 1
         ended = token in eos_ids and not self._sequence.params.ignore_eos
         if self._decoder is not None and not ended:
             self._new += self._stop.push(self._decoder.push(token))
-        full = len(self._sequence.output) >= self._sequence.limit
+        full = self._pushed >= self._sequence.limit
         if self._stop.matched is None and not ended and not full:
             return None
         if self._stop.matched is None and self._decoder is not None:
@@ -287,5 +314,5 @@ def _cache_tokens(sequences: SequenceOf[Sequence], max_batch: int, asked: int | 
         return 0
     if asked is not None and asked < needs[0]:
         raise ModelError(f"a prompt with its new tokens needs a cache of {needs[0]} tokens, cache_tokens is {asked}; "
-                         "raise it, or ask for fewer new tokens")
+                         "raise it (a memory budget's is load_model's), or ask for fewer new tokens")
     return min(sum(needs[:max_batch]), max(needs[0], asked or CACHE_TOKENS))

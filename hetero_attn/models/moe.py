@@ -14,7 +14,7 @@ from torch import nn
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.config import ModelConfig
 from hetero_attn.models.mlp import activation
-from hetero_attn.parallel.linear import empty_parameter
+from hetero_attn.parallel.linear import empty_parameter, product
 from hetero_attn.parallel.sharding import Partition, Shard
 from hetero_attn.product import linear
 
@@ -23,6 +23,7 @@ class MixtureOfExperts(nn.Module):
     """A token's experts_per_token best experts, weighted by their softmax probabilities scaled to a sum of 1."""
 
     linear = staticmethod(linear)
+    streamed = None                              # lends (gate_up, down), where they are not held (parallel/window.py)
 
     def __init__(self, config: ModelConfig, layer: int, communicator: Communicator, partition: Partition, *, dtype, device):
         super().__init__()
@@ -43,11 +44,20 @@ class MixtureOfExperts(nn.Module):
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, C] -> this rank's summand [T, C]."""
         weights, experts = self.route(x)
+        if self.streamed is None:
+            return self.mixed(x, weights, experts, self.gate_up, self.down)
+        with self.streamed as (gate_up, down):
+            return self.mixed(x, weights, experts, gate_up, down)
+
+    def mixed(
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
+        """x [T, C], weights and experts [T, k], gate_up [E, 2 own, C], down [E, C, own] -> [T, C]."""
         out = torch.zeros_like(x)
         for expert in experts.unique().tolist():
             rows, place = (experts == expert).nonzero(as_tuple=True)
-            gate, up = self.linear(x[rows], self.gate_up[expert]).chunk(2, dim=-1)
-            y = self.linear(self.activation(gate) * up, self.down[expert])
+            gate, up = product(self.linear, x[rows], gate_up[expert]).chunk(2, dim=-1)
+            y = product(self.linear, self.activation(gate) * up, down[expert])
             out.index_add_(0, rows, (y * weights[rows, place, None]).to(x.dtype))
         return out
 

@@ -7,20 +7,22 @@ cast on the way: what a rank holds besides its parameters is one slice's pages.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hetero_attn.models.config import ModelError
+from hetero_attn.models.config import ModelConfig, ModelError
+from hetero_attn.models.shard_folder import MANIFEST, Manifest, read_manifest
 from hetero_attn.parallel.sharding import Shard
 
 log = logging.getLogger("hetero_attn")
@@ -33,12 +35,47 @@ DERIVED = (".rotary_emb.inv_freq", ".self_attn.masked_bias", ".self_attn.bias")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint: its file, the format's dtype name, its shape."""
+    """One tensor of the checkpoint: its file, the format's dtype name, the whole tensor's shape, and the byte of the file where it begins.
+
+    stored: the part of it that the file has, a range a dimension; () = all of it. key: its name there, where that is another. checks:
+    sha256 of every check_rows stored rows.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    stored: tuple[range, ...] = ()
+    checks: tuple[str, ...] = ()
+    check_rows: int = 0
+    key: str = ""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return tuple(map(len, self.stored)) if self.stored else self.shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return DTYPES[self.dtype].itemsize * torch.Size(self.stored_shape[1:]).numel()
+
+    def within(self, own: Sequence[range]) -> tuple[range, ...]:
+        """The slice `own` of the whole tensor as a slice of what is stored. Raises ModelError where it is not all there."""
+        if not self.stored:
+            return tuple(own)
+        own = (*own, *map(range, self.shape[len(own):]))
+        for wanted, held in zip(own, self.stored):
+            if len(wanted) and not (held.start <= wanted.start and wanted.stop <= held.stop):
+                raise ModelError(f"{self.file} holds {held.start} to {held.stop} of a tensor, {wanted.start} to {wanted.stop} are asked "
+                                 "for; start as many ranks as the folder was made for")
+        return tuple(range(wanted.start - held.start, wanted.stop - held.start) if len(wanted) else range(0)
+                     for wanted, held in zip(own, self.stored))
+
+    def checked_rows(self) -> Iterator[tuple[int, int, str]]:
+        """(first row, past the last, sha256) of what has a checksum of its own."""
+        rows = self.stored_shape[0]
+        for number, digest in enumerate(self.checks):
+            yield number * self.check_rows, min((number + 1) * self.check_rows, rows), digest
 
 
 class Checkpoint:
@@ -47,8 +84,13 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.entries: dict[str, Entry] = {}
+        self.manifest: Manifest | None = None                            # of a rank's own folder
+        self._checked: set[str] = set()
         index = self.path / INDEX
-        if index.exists():
+        if (self.path / MANIFEST).exists():
+            self.manifest = read_manifest(self.path, ModelConfig.from_dir(self.path))
+            self.entries = shard_entries(self.path, self.manifest)
+        elif index.exists():
             placed = _weight_map(index)
             for name in sorted(set(placed.values())):
                 self.entries.update(read_header(self.path / name))
@@ -72,6 +114,15 @@ class Checkpoint:
         if not known:
             raise ModelError(f"{self.path}: the tensors are {', '.join(sorted(held)) or 'missing'}, expected one of {', '.join(DTYPES)}")
         return DTYPES[max(known, key=known.get)]
+
+    def check_content(self, opened, name: str) -> None:
+        """Raises ModelError when a tensor's bytes are not those its checksums were made of. opened: its file, from opened_file()."""
+        entry = self.entries[name]
+        tensor = opened.get_slice(entry.key or name)
+        for start, stop, digest in entry.checked_rows():
+            if hashlib.sha256(tensor[start:stop].contiguous().view(torch.uint8).numpy()).hexdigest() != digest:
+                raise ModelError(f"{entry.file} is damaged: the checksum of {name} is not that of its export; "
+                                 "copy the folder again, or run hetero-attn shard again")
 
     def bytes_of(self, shard: Shard) -> int:
         """What the shard takes in the checkpoint."""
@@ -107,20 +158,41 @@ class Checkpoint:
         if progress is not None:
             progress(0, total)
         for file, wanted in by_file.items():
-            with _opened(file) as opened:
+            with opened_file(file) as opened:
                 for shard in wanted:
-                    _copy(opened.get_slice(shard.name), shard)
+                    self._copy(opened, shard)
                     done += self.bytes_of(shard)
                     if progress is not None:
                         progress(done, total)
         return done
 
+    @torch.no_grad()
+    def _copy(self, opened, shard: Shard) -> None:
+        """The one place that touches weights: a view of the mapped file, copied (cast, moved to the device) into the parameter."""
+        entry = self.entries[shard.name]
+        if entry.checks and shard.name not in self._checked:
+            self._checked.add(shard.name)
+            self.check_content(opened, shard.name)
+        if shard.into.numel():
+            own = tuple(slice(part.start, part.stop) for part in entry.within(shard.own))
+            shard.into.copy_(opened.get_slice(entry.key or shard.name)[own or slice(None)])
 
-@torch.no_grad()
-def _copy(tensor, shard: Shard) -> None:
-    """The one place that touches weights: a view of the mapped file, copied (cast, moved to the device) into the parameter."""
-    if shard.into.numel():
-        shard.into.copy_(tensor[shard.index or slice(None)])
+
+def shard_entries(folder: Path, manifest: Manifest) -> dict[str, Entry]:
+    """The tensors of a rank's folder, after a look at every file's size and header. Raises ModelError."""
+    found: dict[str, Entry] = {}
+    for name, facts in manifest.files.items():
+        file = folder / name
+        headers = read_header(file)
+        if file.stat().st_size != facts["bytes"]:
+            raise ModelError(f"{file} has {file.stat().st_size} bytes, its export wrote {facts['bytes']}; copy the folder again")
+        for tensor, info in facts["tensors"].items():
+            stored, header = tuple(range(*each) for each in info["stored"]), headers.get(info["key"])
+            if header is None or header.shape != tuple(map(len, stored)) or header.dtype != info["dtype"]:
+                raise ModelError(f"{file} does not hold {tensor} as {MANIFEST} says; copy the folder again")
+            found[tensor] = replace(header, shape=tuple(info["shape"]), stored=stored, checks=tuple(info["sha256"]),
+                                    check_rows=info["check_rows"], key=info["key"])
+    return found
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -133,7 +205,8 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise ModelError(f"{file} is not a whole safetensors file ({size} bytes, header cut off or not one); fetch the file again")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        entries = {name: Entry(file, info["dtype"], tuple(info["shape"]), info["data_offsets"][0]) for name, info in header.items()}
+        entries = {name: Entry(file, info["dtype"], tuple(info["shape"]), 8 + length + info["data_offsets"][0])
+                   for name, info in header.items()}
         end = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist, and the checkpoint needs it; fetch the checkpoint again") from None
@@ -146,12 +219,12 @@ def read_header(file: Path) -> dict[str, Entry]:
     if end != size:
         state = "truncated" if size < end else "longer than it should be"
         raise ModelError(f"{file} is {state}: {size} bytes, its header describes {end}; fetch the file again")
-    with _opened(file):                        # the format's own reader checks the rest: known dtypes, offsets without gap or overlap
+    with opened_file(file):                        # the format's own reader checks the rest: known dtypes, offsets without gap or overlap
         return entries
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator:
+def opened_file(file: Path) -> Iterator:
     """The file as the format's own reader maps it; what that reader objects to becomes a ModelError."""
     try:
         with safe_open(file, framework="pt") as opened:

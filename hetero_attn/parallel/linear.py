@@ -7,7 +7,8 @@ the decoder puts its backend's there; the row-parallel ones by the communicator'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,10 +19,29 @@ from hetero_attn.communicator import Communicator
 from hetero_attn.parallel.sharding import Partition, Shard, split
 from hetero_attn.product import linear
 
+if TYPE_CHECKING:
+    from hetero_attn.parallel.window import Lent
+
+WIDENED_ROWS = 256              # rows of a weight that are widened at a time, where it is stored in another dtype than it is used in
+
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     """A parameter without values and without gradient, to be filled from a checkpoint."""
     return nn.Parameter(host_memory.empty(shape, dtype, device), requires_grad=False)
+
+
+def product(
+    linear: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear(x [T, K], weight [N, K], bias [N]) -> [T, N] for a weight from the window, which is held in the dtype it is stored in."""
+    if weight.dtype == x.dtype:
+        return linear(x, weight, bias, out=out)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
+    for start in range(0, weight.shape[0], WIDENED_ROWS):
+        rows = slice(start, start + WIDENED_ROWS)
+        out[..., rows] = linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows])
+    return out
 
 
 class ColumnParallelLinear(nn.Module):
@@ -31,6 +51,7 @@ class ColumnParallelLinear(nn.Module):
     """
 
     linear = staticmethod(linear)
+    streamed: Lent | None = None                 # lends the weight for each product, where it is not held (parallel/window.py)
 
     def __init__(
         self,
@@ -53,7 +74,10 @@ class ColumnParallelLinear(nn.Module):
 
     def joined(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, own features of all parts], side by side as one product makes them."""
-        return self.linear(x, self.weight, self.bias)
+        if self.streamed is None:
+            return self.linear(x, self.weight, self.bias)
+        with self.streamed as (weight,):
+            return product(self.linear, x, weight, self.bias)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         for index, (name, out_features, own) in enumerate(self.parts):
@@ -66,6 +90,7 @@ class RowParallelLinear(nn.Module):
     """A projection cut by input features: every rank has a partial sum of all outputs. The bias is held, and added, by rank 0 alone."""
 
     linear = staticmethod(linear)
+    streamed: Lent | None = None
 
     def __init__(
         self,
@@ -88,10 +113,16 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, own features] -> this rank's summand [T, out], for schedules that add up in another way."""
-        return self.linear(x, self.weight, self.bias)
+        if self.streamed is None:
+            return self.linear(x, self.weight, self.bias)
+        out = self.communicator.empty((*x.shape[:-1], self.out_features), x.dtype)
+        with self.streamed as (weight,):
+            return product(self.linear, x, weight, self.bias, out=out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, own features] -> [T, out], the same on every rank: all_reduce(partial(x)), which a device may fuse."""
+        if self.streamed is not None:            # the weight's memory is free again before the sum, and the next weights load meanwhile
+            return self.communicator.all_reduce(self.partial(x), site=self.site)
         return self.communicator.linear_all_reduce(x, self.weight, self.bias, site=self.site)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
@@ -102,7 +133,12 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabularyEmbedding(nn.Module):
-    """Token ids to hidden states: rows over all ranks and summed ('sharded'), or looked up by rank 0 and broadcast ('master')."""
+    """Token ids to hidden states: rows over all ranks and summed ('sharded'), or looked up by rank 0 and broadcast ('master').
+
+    `table`, where the rows are not held, looks them up: (indices [T] int64 into this rank's rows) -> [T, C].
+    """
+
+    table: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
         self, communicator: Communicator, vocab_size: int, hidden_size: int, partition: Partition, *,
@@ -120,15 +156,19 @@ class VocabularyEmbedding(nn.Module):
             return self.communicator.broadcast(hidden, src=0, site=self.site)
         self._check(tokens, total)
         if self.vocabulary == "master":
-            return self.communicator.broadcast(F.embedding(tokens, self.weight), src=0, site=self.site)
+            return self.communicator.broadcast(self.rows(tokens), src=0, site=self.site)
         if self.communicator.world_size == 1:
-            return F.embedding(tokens, self.weight)
-        hidden = self.weight.new_zeros(total, self.weight.shape[1])
+            return self.rows(tokens)
+        hidden = torch.zeros(total, self.weight.shape[1], dtype=self.weight.dtype, device=tokens.device)
         if len(self.own):
             mine = (tokens >= self.own.start) & (tokens < self.own.stop)
-            rows = F.embedding((tokens - self.own.start).clamp(0, len(self.own) - 1), self.weight)
+            rows = self.rows((tokens - self.own.start).clamp(0, len(self.own) - 1))
             hidden = torch.where(mine[:, None], rows, hidden)
         return self.communicator.all_reduce(hidden, site=self.site)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """indices [T] into this rank's rows -> [T, C]."""
+        return F.embedding(indices, self.weight) if self.table is None else self.table(indices)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         if len(self.own):
@@ -145,10 +185,11 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """Hidden states to logits, in fp32: columns gathered over all ranks ('sharded'), or made by rank 0 alone ('master').
 
-    `tied` shares the embedding's weight, which is cut in the same way.
+    `tied` shares the embedding's weight, which is cut in the same way. `streamed`, where the weight is not held, lends it in slices.
     """
 
     linear = staticmethod(linear)
+    streamed: Sequence[Lent] | None = None
 
     def __init__(
         self, communicator: Communicator, vocab_size: int, hidden_size: int, partition: Partition, *,
@@ -157,17 +198,28 @@ class VocabularyHead(nn.Module):
         super().__init__()
         self.communicator, self.site = communicator, site
         self.vocab_size, self.own, self.vocabulary = vocab_size, partition.vocab, partition.vocabulary
-        self.sizes = [len(own) for own in split(vocab_size, partition.world_size)]                       # columns of every rank
+        # columns of every rank
+        self.sizes = list(partition.vocab_counts) or [len(own) for own in split(vocab_size, partition.world_size)]
         self.tied = tied is not None
         self.weight = tied.weight if tied else empty_parameter(len(self.own), hidden_size, dtype=dtype, device=device)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [N, C] -> logits [N, vocab] fp32; None on the workers under 'master'."""
         if self.vocabulary == "master":
-            return self.linear(hidden, self.weight).float() if self.communicator.rank == 0 else None
+            return self.columns(hidden).float() if self.communicator.rank == 0 else None
         if not len(hidden):
             return hidden.new_empty(0, self.vocab_size, dtype=torch.float32)
-        return self.communicator.all_gather(self.linear(hidden, self.weight), dim=1, sizes=self.sizes, site=self.site).float()
+        return self.communicator.all_gather(self.columns(hidden), dim=1, sizes=self.sizes, site=self.site).float()
+
+    def columns(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, C] -> this rank's logits [N, own rows]."""
+        if self.streamed is None:
+            return self.linear(hidden, self.weight)
+        made = []
+        for lent in self.streamed:
+            with lent as (weight,):
+                made.append(product(self.linear, hidden, weight))
+        return torch.cat(made, dim=-1) if made else hidden.new_empty(len(hidden), 0)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         if len(self.own) and not self.tied:

@@ -48,6 +48,7 @@ class Partition:
     """One rank's part of every layer. The ranges index the whole model's heads, FFN columns and vocabulary rows.
 
     `vocabulary` is 'sharded' (embedding and head over all ranks) or 'master' (both on rank 0 alone, the other ranges are empty).
+    vocab_counts: the vocabulary rows of every rank where they are uneven, () = split() evenly.
     """
 
     rank: int
@@ -57,6 +58,12 @@ class Partition:
     kv_heads: range
     ffn: range
     vocab: range
+    vocab_counts: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[range, range, range, range]:
+        """The four ranges."""
+        return self.q_heads, self.kv_heads, self.ffn, self.vocab
 
     @classmethod
     def of(cls, rank: int, world_size: int, *, q_heads: int, kv_heads: int, ffn: int, vocab: int, vocabulary: str = "sharded") -> Partition:

@@ -1,0 +1,245 @@
+"""hetero-attn plan's arithmetic: who gets what of a model, what that takes of memory, and how long tokens take. No device is touched.
+
+Rates come from profiles (hardware.*), the link from a measurement or a file, sizes from the checkpoint's headers, so a plan can be made on
+any machine for any other. A number that is needed and that nobody has given is asked for by name, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hetero_attn.collectives.choice import Route
+from hetero_attn.collectives.cost import CANDIDATES, LinkModel, from_settings, predict
+from hetero_attn.communicator import Communicator
+from hetero_attn.models.budget import activation_bytes, cache_bytes
+from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
+from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.hosts import Host, Hosts, read_hosts
+from hetero_attn.models.load import open_model
+from hetero_attn.models.weights import Checkpoint
+from hetero_attn.parallel.partition import Speed, shares, uneven
+from hetero_attn.parallel.sharding import Partition
+from hetero_attn.quantity import shown_bytes
+
+# Python, torch and its libraries: on the CPU measured, else a round figure for the device's own part.
+PROCESS = {"cpu": 270 << 20, "cuda": 900 << 20, "npu": 900 << 20}
+WINDOW_BLOCKS = 2               # of the streaming window, while a rank streams
+PROMPT = 128                    # tokens of the prompt that the first token's time is for
+REACHED = 0.6                   # of a matrix rate on paper that products of a prefill reach; the cpu backend: 0.6 to 1
+
+__all__ = ["Host", "Hosts", "ModelPlan", "RankPlan", "plan_model", "read_hosts", "split_for"]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank: its part, bytes by part on its device, and seconds of a token. memory: bytes it may use. streamed: read for every token."""
+
+    host: Host
+    partition: Partition
+    weights: int
+    held: int
+    streamed: int
+    cache: int
+    activations: int
+    window: int
+    process: int
+    memory: int
+    compute_s: float
+    disk_s: float
+
+    @property
+    def total(self) -> int:
+        return self.process + self.held + self.window + self.cache + self.activations
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The whole: ranks, largest context, seconds of a first token (a prompt of PROMPT tokens) and of each further one, and remarks."""
+
+    ranks: tuple[RankPlan, ...]
+    context: int
+    largest_context: int
+    first_token_s: float
+    token_s: float
+    reduce_s: float                                 # of token_s, all sums between ranks
+    alone_s: float | None                           # a token on the best rank by itself; None where it cannot
+    algorithm: str
+    remarks: tuple[str, ...]
+
+
+def split_for(path: str | Path, hosts: Hosts, vocabulary: str) -> tuple[Partition, ...]:
+    """Every rank's part of the model for these hosts. Raises ModelError."""
+    return tuple(each.partition for each in plan_model(path, hosts, vocabulary=vocabulary).ranks)
+
+
+def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vocabulary: str | None = None) -> ModelPlan:
+    """The plan of a checkpoint for these hosts. context: tokens the cache holds (default 2048, or the model's). Raises ModelError."""
+    config, checkpoint = open_model(Path(path))
+    first = hosts.ranks[0].profile
+    dtype = DTYPES[first.dtype] if first.dtype != "auto" else config.dtype or checkpoint.dtype
+    vocabulary = vocabulary or first.vocabulary
+    context = min(context or 2048, config.context_length)
+    if len(hosts.ranks) > config.q_heads:
+        raise ModelError(f"{len(hosts.ranks)} ranks are more than the model's {config.q_heads} query heads; leave some out")
+    total = sum(map(checkpoint.bytes_of, _shards(config, checkpoint, None, 0, 1, "master", layers_only=True)))
+    speeds = [_speed(host, config, checkpoint, dtype, context, vocabulary, rank, len(hosts.ranks)) for rank, host in enumerate(hosts.ranks)]
+    try:
+        parts = shares(total, speeds)
+        partitions = uneven([max(part, 1e-9) for part in parts], q_heads=config.q_heads, kv_heads=config.kv_heads,
+                            ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+    ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context) for host, partition in zip(hosts.ranks, partitions))
+    reduce_s, algorithm = _sums(hosts, config, dtype, 1)
+    prefill_reduce_s, _ = _sums(hosts, config, dtype, PROMPT)
+    token = max(max(each.compute_s + reduce_s, each.disk_s) for each in ranks)
+    first_token = max(max(_prefill_s(each, config, dtype) + prefill_reduce_s, each.disk_s) for each in ranks)
+    alone = _alone(hosts, config, checkpoint, dtype, context)
+    return ModelPlan(ranks, context, _largest_context(ranks, config, dtype), first_token, token, reduce_s, alone, algorithm,
+                     tuple(_remarks(hosts, ranks, token, reduce_s, alone)))
+
+
+def _shards(config, checkpoint: Checkpoint, partition: Partition | None, rank: int, world_size: int, vocabulary: str, *, layers_only=False):
+    decoder = Decoder(config, Communicator(rank, world_size, device="meta"), dtype=torch.float32, device="meta", vocabulary=vocabulary,
+                      partition=partition)
+    found = list(decoder.shards(set(checkpoint.entries)))
+    return [shard for shard in found if ".layers." in shard.name] if layers_only else found
+
+
+def _number(host: Host, name: str, what: str) -> float:
+    value = getattr(host.profile.hardware, name)
+    if value is None:
+        raise ModelError(f"profile {host.profile.name!r} does not say hardware.{name} ({what}), which a plan needs; give it with "
+                         f"--set hardware.{name}=NUMBER, or under `set` in hosts.yaml")
+    return value
+
+
+def _memory(host: Host) -> int:
+    return host.memory if host.memory is not None else int(_number(host, "memory_gib", "device memory, GiB") * 2**30)
+
+
+def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, context, vocabulary, rank, world_size) -> Speed:
+    """What an even share would leave of the rank's memory for weights: a start that the split then improves on."""
+    try:
+        even = Partition.of(rank, world_size, q_heads=config.q_heads, kv_heads=config.kv_heads, ffn=config.intermediate_size,
+                            vocab=config.vocab_size, vocabulary=vocabulary)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+    fixed = _fixed(host, even, config, dtype, context)
+    disk = host.profile.hardware.disk_gbps if host.profile.device == "cpu" else None
+    window = _window(config, checkpoint, even) if disk else 0
+    vocab = 0 if disk else 2 * len(even.vocab) * config.hidden_size * dtype.itemsize
+    return Speed(_number(host, "memory_gbps", "memory bandwidth, GB/s") * 1e9, max(0, _memory(host) - fixed - window - vocab),
+                 (disk or 0.0) * 1e9)
+
+
+def _fixed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.dtype, context: int) -> int:
+    cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
+    chunk = min(host.profile.prefill_chunk, context)
+    return PROCESS[host.profile.device] + cache + activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
+
+
+def _window(config: ModelConfig, checkpoint: Checkpoint, partition: Partition) -> int:
+    """Bytes of a window of WINDOW_BLOCKS: the attention and the MLP slice of a layer."""
+    own = _shards(config, checkpoint, partition, partition.rank, partition.world_size, partition.vocabulary, layers_only=True)
+    return sum(checkpoint.bytes_of(shard) for shard in own) // config.layers * WINDOW_BLOCKS // 2
+
+
+def _rank(host: Host, partition: Partition, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, context: int) -> RankPlan:
+    every = _shards(config, checkpoint, partition, partition.rank, partition.world_size, partition.vocabulary)
+    weights = sum(checkpoint.bytes_of(shard) for shard in every)
+    table = sum(checkpoint.bytes_of(shard) for shard in every if shard.name == "model.embed_tokens.weight")
+    cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
+    chunk = min(host.profile.prefill_chunk, context)
+    activations = activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
+    memory, process = _memory(host), PROCESS[host.profile.device]
+    room = memory - process - cache - activations
+    disk = (host.profile.hardware.disk_gbps or 0.0) * 1e9 if host.profile.device == "cpu" else 0.0
+    # A token goes through one row of the table and all of the head, where they are not one.
+    used = weights - (0 if config.tied_embeddings else table)
+    window = streamed = 0
+    held = weights
+    if weights > room:
+        if not disk:
+            raise ModelError(f"rank {partition.rank} ({host.profile.name}) would hold {shown_bytes(weights)} of weights and has room for "
+                             f"{shown_bytes(max(room, 0))}; add ranks or memory, shorten --context, or give its disk's rate "
+                             "(hardware.disk_gbps) to stream them")
+        window = _window(config, checkpoint, partition)
+        if window > room:
+            raise ModelError(f"rank {partition.rank} ({host.profile.name}) has {shown_bytes(memory)}; the least that works is "
+                             f"{shown_bytes(memory - room + window)}: its process, cache and activations, and a window of two blocks")
+        held = room - window
+        streamed = max(0, used - held)
+    experts = config.experts_per_token / config.experts if config.experts else 1.0
+    compute = used * experts / (_number(host, "memory_gbps", "memory bandwidth, GB/s") * 1e9)
+    return RankPlan(host, partition, weights, held, streamed, cache, activations, window, process, memory, compute,
+                    streamed / disk if disk else 0.0)
+
+
+def _prefill_s(rank: RankPlan, config: ModelConfig, dtype: torch.dtype) -> float:
+    """PROMPT tokens: bound by arithmetic where a rate is known, and at least once through the weights."""
+    hardware = rank.host.profile.hardware
+    rate = {torch.bfloat16: hardware.bf16_tflops, torch.float16: hardware.fp16_tflops}.get(dtype) or hardware.fp32_tflops
+    operations = 2 * PROMPT * rank.weights / dtype.itemsize
+    return max(rank.compute_s, operations / (rate * 1e12 * REACHED) if rate else 0.0)
+
+
+def _sums(hosts: Hosts, config: ModelConfig, dtype: torch.dtype, rows: int) -> tuple[float, str]:
+    """Seconds of all sums of a pass over `rows` tokens, and the algorithm that takes least. Without a link: 0, and ''."""
+    link = hosts.link or _measured(hosts)
+    if len(hosts.ranks) == 1 or link is None:
+        return 0.0, ""
+    nbytes, widening = rows * config.hidden_size * dtype.itemsize, 2.0 if dtype.itemsize == 2 else 1.0
+    ranks = len(hosts.ranks)
+    each = {name: predict(link, "all_reduce", Route(name), ranks, nbytes, widening=widening) for name in CANDIDATES["all_reduce"]}
+    best = min(each, key=each.get)
+    return each[best] * 2 * config.layers + each[best], best             # and the embedding's, or its broadcast
+
+
+def _measured(hosts: Hosts) -> LinkModel | None:
+    link = hosts.ranks[0].profile.link
+    if link.latency_ms is None:
+        return None
+    return from_settings(link.latency_ms, link.message_ms or 0.0, link.crowd_ms or 0.0, link.bandwidth_mbps, link.root_mbps)
+
+
+def _largest_context(ranks: Sequence[RankPlan], config: ModelConfig, dtype: torch.dtype) -> int:
+    """Tokens of one sequence that every rank's cache can hold beside the rest; streaming ranks may give up what they hold."""
+    found = config.context_length
+    for rank in ranks:
+        free = rank.memory - rank.total + rank.cache + (rank.held if rank.streamed else 0)
+        each = 2 * config.layers * len(rank.partition.kv_heads) * config.head_dim * dtype.itemsize
+        found = min(found, max(0, free // each - rank.host.profile.kv_block_size))
+    return found
+
+
+def _alone(hosts: Hosts, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, context: int) -> float | None:
+    """A token on the best of these ranks with the whole model, None where none can."""
+    whole = Partition.of(0, 1, q_heads=config.q_heads, kv_heads=config.kv_heads, ffn=config.intermediate_size, vocab=config.vocab_size)
+    times = []
+    for host in hosts.ranks:
+        try:
+            rank = _rank(host, whole, config, checkpoint, dtype, context)
+        except ModelError:
+            continue
+        times.append(max(rank.compute_s, rank.disk_s))
+    return min(times, default=None)
+
+
+def _remarks(hosts: Hosts, ranks: Sequence[RankPlan], token: float, reduce_s: float, alone: float | None):
+    if len(ranks) > 1 and hosts.link is None and _measured(hosts) is None:
+        yield ("the link is not known, so sums between ranks are left out: measure it with hetero-attn tune, or give link: in hosts.yaml "
+               "or --link")
+    if len(ranks) > 1 and alone is not None and alone <= token:
+        yield (f"tensor parallelism is the wrong choice here: one rank alone takes {alone * 1e3:.3g} ms a token, {len(ranks)} ranks take "
+               f"{token * 1e3:.3g} ms, of which {reduce_s * 1e3:.3g} ms are sums over the link")
+    elif reduce_s > 0.5 * token:
+        yield f"the link takes {reduce_s / token:.0%} of a token's time: a codec (codec: auto) or a quicker link gains most"
+    slow = max(ranks, key=lambda each: max(each.disk_s, each.compute_s))
+    if slow.disk_s > slow.compute_s + reduce_s:
+        yield (f"rank {slow.partition.rank}'s disk sets the pace: {slow.disk_s:.3g} s of reading a token; memory or a quicker disk gains "
+               "most")

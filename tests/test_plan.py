@@ -1,0 +1,161 @@
+"""Unlike devices share a model in proportion to what they can do, and the plan says what that takes before anything runs."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers", reason="transformers writes the checkpoints these tests read")
+
+from tiny_checkpoint import write_checkpoint
+from tiny_families import make_model
+
+from hetero_attn.cli import main
+from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models.config import ModelError
+from hetero_attn.models.export import export
+from hetero_attn.models.generate import generate
+from hetero_attn.models.hosts import read_hosts
+from hetero_attn.models.load import load_model
+from hetero_attn.models.planning import plan_model, split_for
+from hetero_attn.models.sampling import SamplingParams
+from hetero_attn.parallel.launch import run_ranks
+from hetero_attn.parallel.partition import Speed, proportional, shares, uneven
+
+RATES = "hardware.memory_gbps: 20, hardware.memory_gib: 8"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=3)
+
+
+@given(st.integers(0, 500), st.lists(st.floats(0.01, 100), min_size=1, max_size=9), st.sampled_from([1, 8, 64]))
+@settings(max_examples=300, deadline=None)
+def test_proportional_counts_add_up_and_follow_the_weights(total, weights, grain):
+    counts = proportional(total, weights, grain=grain)
+    assert sum(counts) == total and min(counts) >= 0
+    room = grain if total // grain >= 4 * len(weights) else 1
+    for count, weight in zip(counts, weights):
+        assert abs(count - total * weight / sum(weights)) < 2 * room
+
+
+@given(st.lists(st.floats(0.05, 20), min_size=1, max_size=8), st.sampled_from([(8, 8), (32, 8), (12, 4), (9, 1)]),
+       st.sampled_from(["master", "sharded"]))
+@settings(max_examples=300, deadline=None)
+def test_any_uneven_split_covers_the_model_once(weights, heads, vocabulary):
+    q_heads, kv_heads = heads
+    parts = uneven(weights, q_heads=q_heads, kv_heads=kv_heads, ffn=688, vocab=1000, vocabulary=vocabulary)
+    for name, total in (("q_heads", q_heads), ("ffn", 688), ("vocab", 1000)):
+        assert [place for part in parts for place in getattr(part, name)] == list(range(total))
+    for part in parts:
+        assert len(part.q_heads) % len(part.kv_heads) == 0 and len(part.q_heads) >= 1
+
+
+def test_shares_make_all_ranks_take_the_same_time():
+    speeds = [Speed(20e9, 1e9, 0.5e9), Speed(10e9, 8e9), Speed(40e9, 2e9, 2e9)]
+    total = 9e9
+    found = shares(total, speeds)
+    times = [speed.seconds(share * total) for speed, share in zip(speeds, found)]
+    assert math.isclose(sum(found), 1) and max(times) < min(times) * 1.001
+    assert shares(1e9, [Speed(10e9, 8e9), Speed(30e9, 8e9)]) == pytest.approx([0.25, 0.75])
+    # one that would hold more than it has room for gets what fits, the others the rest
+    assert shares(4e9, [Speed(100e9, 1e9), Speed(1e9, 8e9)]) == pytest.approx([0.25, 0.75])
+    with pytest.raises(ValueError, match=r"take 9\.31 GiB, the ranks together have room for 3\.73 GiB"):
+        shares(10e9, [Speed(1e9, 2e9), Speed(1e9, 2e9)])
+
+
+def hosts_file(tmp_path, text):
+    file = tmp_path / "hosts.yaml"
+    file.write_text(text)
+    return file
+
+
+UNLIKE = f"""
+link: {{latency_ms: 1, bandwidth_mbps: 300}}
+ranks:
+  - {{profile: cpu, memory: 2GiB, set: {{{RATES}}}}}
+  - {{profile: cpu, memory: 1GiB, set: {{hardware.memory_gbps: 60}}}}
+"""
+
+
+@pytest.mark.ranks
+def test_unlike_hosts_run_as_they_were_cut(tmp_path):
+    """Cut for hosts of unlike speed, run by real ranks: the text of one rank."""
+    folder = tmp_path / "model"
+    make_model("llama-biases-linear").save_pretrained(folder)
+    partitions = split_for(folder, read_hosts(hosts_file(tmp_path, UNLIKE)), "sharded")
+    assert len(partitions[0].ffn) < len(partitions[1].ffn) and partitions[0].vocab_counts
+    export(folder, tmp_path / "parts", 2, vocabulary="sharded", partitions=partitions)
+    expected = tokens_of(folder, {"communicator": SoloCommunicator()})
+    for options in ({}, {"window": 2}):
+        assert run_ranks(tokens_of, (tmp_path / "parts", options), 2, threads=1)[0] == expected
+    assert run_ranks(tokens_of, (folder, {"partitions": partitions, "vocabulary": "sharded"}), 2, threads=1)[0] == expected
+
+
+def tokens_of(folder, options):
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    return [list(each.token_ids) for each in generate(load_model(folder, "cpu", **options), [[3, 4, 5]], params)]
+
+
+def test_a_plan_adds_up_to_the_checkpoint(folder, tmp_path):
+    plan = plan_model(folder, read_hosts(hosts_file(tmp_path, UNLIKE)), context=64, vocabulary="master")
+    whole = (folder / "model.safetensors").stat().st_size
+    held = sum(rank.weights for rank in plan.ranks)
+    assert 0.9 * whole < held < 1.1 * whole and not any(rank.streamed for rank in plan.ranks)
+    assert plan.context == 64 and plan.largest_context == 128 and plan.reduce_s > 0.005
+    assert any("tensor parallelism is the wrong choice here" in line for line in plan.remarks)      # 1 ms a sum for a model of 100 us
+
+
+def test_memory_that_does_not_do_is_refused_with_what_does(folder, tmp_path):
+    small = UNLIKE.replace("2GiB", "100MiB").replace("1GiB", "100MiB")
+    with pytest.raises(ModelError, match="none streams from a disk; add ranks or memory, or give a disk's rate"):
+        plan_model(folder, read_hosts(hosts_file(tmp_path, small)))
+    streams = small.replace("hardware.memory_gbps:", "hardware.disk_gbps: 1, hardware.memory_gbps:")
+    with pytest.raises(ModelError, match="the least that works is"):
+        plan_model(folder, read_hosts(hosts_file(tmp_path, streams)))
+
+
+@pytest.mark.parametrize("text, says", [
+    ("ranks: 3", "ranks is 3, expected a list"), ("rank: []", "unknown key 'rank'; did you mean ranks?"), ("- 1", "expected keys"),
+    ("ranks: [{profil: cpu}]", r"ranks\[0\] has an unknown key 'profil'; did you mean profile"), ("ranks: [{}]", "profile is None"),
+    ("ranks: [{profile: cpu, memory: 3}]", "is no size"), ("ranks: [{profile: cpu, device: cuda}]", "profile 'cpu' is for cpu"),
+    ("ranks: [{profile: cpu}]\nlink: {latency_ms: fast}", "link.latency_ms is 'fast', expected a number"), ("a: [", "is no YAML"),
+    ("ranks: [{profile: cpu}]\nlink: {bandwidth_mbps: 3}", "link has no latency_ms"),
+])
+def test_a_wrong_hosts_file_is_one_line(tmp_path, text, says):
+    with pytest.raises(ModelError, match=says) as caught:
+        read_hosts(hosts_file(tmp_path, text))
+    assert "hosts.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_command_prints_the_plan(folder, tmp_path, capsys):
+    wanted = ["plan", str(folder), "--profile", "edge", "--tp", "2", "--memory", "1GiB", "--link", "1ms,300Mbit", "--context", "100"]
+    assert main(wanted) == 2
+    assert "does not say hardware.memory_gbps (memory bandwidth, GB/s)" in capsys.readouterr().err
+    wanted += ["--set", "hardware.memory_gbps=20"]
+    assert main(wanted) == 0
+    text = capsys.readouterr().out
+    assert "largest that fits is 128" in text and "one rank alone" in text
+    assert main([*wanted, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [rank["q_heads"] for rank in found["ranks"]] in ([[0, 3], [3, 6]],) and found["algorithm"]
+    assert found["ranks"][1]["vocab"] == [0, 0] and found["token_s"] > 0
+    assert main(["plan", str(folder), "--hosts", str(hosts_file(tmp_path, UNLIKE)), "--tp", "2"]) == 2
+    assert "with --hosts it stands in the file" in capsys.readouterr().err
+    assert main([*wanted, "--link", "quick"]) == 2 and "expected latency and rate" in capsys.readouterr().err
+
+
+def test_the_prediction_of_memory_is_what_a_rank_has(folder, tmp_path):
+    plan = plan_model(folder, read_hosts(hosts_file(tmp_path, UNLIKE)), context=64, vocabulary="sharded")
+    for rank in plan.ranks:
+        from hetero_attn.communicator import Communicator
+        from hetero_attn.models.config import ModelConfig
+        from hetero_attn.models.decoder import Decoder
+
+        decoder = Decoder(ModelConfig.from_dir(folder), Communicator(rank.partition.rank, 2), dtype=torch.float32, vocabulary="sharded",
+                          partition=rank.partition)
+        assert sum(parameter.nbytes for parameter in decoder.parameters()) == rank.weights

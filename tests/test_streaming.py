@@ -1,0 +1,235 @@
+"""Streamed models give what held ones give, within the memory they promise; folders of one rank hold it, checksummed, and nothing else."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers writes the checkpoints these tests read")
+
+from safetensors import safe_open
+from tiny_checkpoint import write_checkpoint
+from tiny_families import make_model
+
+from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models.config import ModelError
+from hetero_attn.models.export import check, export
+from hetero_attn.models.generate import generate
+from hetero_attn.models.load import load_model
+from hetero_attn.models.sampling import SamplingParams
+from hetero_attn.parallel.launch import run_ranks
+from hetero_attn.parallel.window import WindowError
+
+NAMES = ["llama3.2-tied", "llama-biases-linear", "qwen3", "gemma2", "mixtral"]
+PROMPTS = [[3, 4, 5, 6, 7], [8, 9]]
+PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for name in NAMES:
+        made[name] = tmp_path_factory.mktemp(name.replace(".", "-"))
+        make_model(name).save_pretrained(made[name])
+        export(made[name], made[name] / "parts", 1, vocabulary="master")
+    return made
+
+
+def logits_of(folder, **options):
+    """Logits of a prompt and of two decode steps [3, vocab], on one rank."""
+    model = load_model(folder, "cpu", communicator=SoloCommunicator(), **options)
+    cache = model.new_cache(16, 1)
+    sequence = cache.add_sequence()
+    rows = [model(cache.step([sequence], [len(tokens)], tokens), cache) for tokens in (PROMPTS[0], [11], [12])]
+    return torch.cat(rows), model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_streamed_logits_are_the_held_ones_to_the_bit(folders, name, dtype):
+    stored = make_model(name).to(getattr(torch, dtype))
+    folder = folders[name].with_name(f"{folders[name].name}-{dtype}")
+    stored.save_pretrained(folder)
+    expected, _ = logits_of(folder, dtype=dtype)
+    for options in ({"window": 1}, {"window": 4}, {"memory_budget": "8GiB"}):
+        found, model = logits_of(folder, dtype=dtype, **options)
+        assert torch.equal(found, expected), options
+        assert bool(model.memory.read_bytes) == ("window" in options)
+        assert model.window.statistics.rewound == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_stay_in_the_dtype_they_are_stored_in(folders, name):
+    """A model computed in fp32 from bf16 storage streams bf16 and widens it where it is used."""
+    folder = folders[name].with_name(f"{folders[name].name}-wide")
+    make_model(name).to(torch.bfloat16).save_pretrained(folder)
+    expected, _ = logits_of(folder, dtype="float32")
+    found, model = logits_of(folder, dtype="float32", window=2)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert {tensor.dtype for piece in model.window.pieces for tensor in piece.tensors} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_one_rank_gives_the_same(folders, name):
+    expected, _ = logits_of(folders[name])
+    for options in ({}, {"window": 2}, {"memory_budget": "8GiB"}):
+        assert torch.equal(logits_of(folders[name] / "parts", **options)[0], expected)
+
+
+def texts(folder, options):
+    model = load_model(folder, "edge", **options)
+    found = generate(model, PROMPTS, PARAMS)
+    return [list(each.token_ids) for each in found], model.window.statistics.rewound if model.window else 0
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("vocabulary, world_size", [("master", 2), ("sharded", 3)])
+def test_ranks_stream_the_text_of_one(folders, tmp_path, vocabulary, world_size):
+    folder = folders["qwen3"]
+    expected = texts(folder, {"communicator": SoloCommunicator(), "vocabulary": vocabulary})[0]
+    export(folder, tmp_path, world_size, vocabulary=vocabulary)
+    for place in (folder, tmp_path):
+        found = run_ranks(texts, (place, {"vocabulary": vocabulary, "window": 2}), world_size, threads=1)
+        assert found[0] == (expected, 0) and found[1] == ([], 0)
+
+
+def test_a_budget_too_small_names_the_smallest_that_works(folders):
+    with pytest.raises(ModelError, match=r"is too small: rank 0 has 50 MiB and needs [0-9]+ MiB .*the smallest that works is") as caught:
+        logits_of(folders["qwen3"], memory_budget="50MiB")
+    smallest = str(caught.value).partition("that works is ")[2].partition(";")[0]
+    _, model = logits_of(folders["qwen3"], memory_budget=f"{int(smallest.removesuffix('MiB')) + 64}MiB")
+    assert model.memory.predicted <= model.memory.budget
+    with pytest.raises(ModelError, match="is no size, expected a number and a unit"):
+        logits_of(folders["qwen3"], memory_budget="3")
+
+
+GROWTH = """
+import json, sys, torch
+from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models.budget import peak_bytes
+from hetero_attn.models.generate import generate
+from hetero_attn.models.load import load_model
+from hetero_attn.models.sampling import SamplingParams
+torch.set_num_threads(1)
+model = load_model(sys.argv[1], "edge", communicator=SoloCommunicator(), memory_budget=sys.argv[2] or None, cache_tokens=64)
+generate(model, [[3, 4, 5]], SamplingParams(max_new_tokens=12, ignore_eos=True))
+memory = model.memory
+print(json.dumps({"peak": peak_bytes(), "predicted": memory.predicted, "budget": memory.budget, "read": memory.read_bytes}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_the_peak_is_the_predicted_one_and_within_the_budget(tmp_path):
+    """225 MB of weights in a process that may have 64 MiB beside Python and torch."""
+    write_checkpoint(tmp_path, dtype=torch.bfloat16, hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16,
+                     num_key_value_heads=8, head_dim=64, vocab_size=16384)
+    assert (tmp_path / "model.safetensors").stat().st_size > 220e6
+
+    def peak(budget):
+        ran = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path), budget],
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=200)
+        assert not ran.returncode, ran.stderr
+        return json.loads(ran.stdout)
+
+    all_of_it = peak("4GiB")
+    assert not all_of_it["read"]
+    budget = all_of_it["predicted"] - (160 << 20)
+    found = peak(f"{budget >> 20}MiB")
+    assert found["read"] > 150 << 20
+    assert found["peak"] <= 1.05 * found["budget"] and found["peak"] <= 1.1 * found["predicted"]
+    assert found["peak"] > found["predicted"] - (48 << 20)                # the prediction is none that any run would meet
+
+
+# ---- folders ----
+
+
+def test_a_worker_has_its_slices_and_no_vocabulary(folders, tmp_path):
+    folder = folders["qwen3"]
+    shutil.copy(write_checkpoint(tmp_path / "other") / "tokenizer.json", folder / "tokenizer.json")
+    try:
+        export(folder, tmp_path / "parts", 3, vocabulary="master")
+    finally:
+        (folder / "tokenizer.json").unlink()
+    sizes = []
+    for rank in range(3):
+        own = tmp_path / "parts" / f"rank-{rank}-of-3"
+        names = {file.name for file in own.iterdir()}
+        assert ("tokenizer.json" in names) == ("embedding.safetensors" in names) == (rank == 0)
+        assert not [name for name in names if not name.endswith((".safetensors", ".json"))]
+        sizes.append(sum(file.stat().st_size for file in own.glob("layer-*.safetensors")))
+        assert check(own) > 0
+    whole = (folder / "model.safetensors").stat().st_size
+    assert max(sizes) < whole / 2
+    with pytest.raises(ModelError, match="holds slices for 3 ranks, and 1 are running"):
+        load_model(tmp_path / "parts", "cpu", communicator=SoloCommunicator())
+
+
+def test_an_interrupted_export_goes_on(folders, tmp_path, monkeypatch):
+    from hetero_attn.models import export as module
+
+    real, calls = module._RankPlan.write, []
+
+    def fail(self, file, shards):
+        calls.append(file.name)
+        if len(calls) == 4:
+            (file.parent / "junk.part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return real(self, file, shards)
+
+    monkeypatch.setattr(module._RankPlan, "write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export(folders["qwen3"], tmp_path, 2)
+    with pytest.raises(ModelError, match="unfinished export; run the same hetero-attn shard again"):
+        load_model(tmp_path / "rank-0-of-2", "cpu", communicator=SoloCommunicator())
+    calls.extend(["..."] * 10)
+    first, _ = export(folders["qwen3"], tmp_path, 2)
+    assert first.kept > 0 and first.written > 0
+    assert all(each.written == 0 for each in export(folders["qwen3"], tmp_path, 2))
+    with pytest.raises(ModelError, match="another source or partition"):
+        export(folders["qwen3"], tmp_path, 2, vocabulary="sharded")
+    assert check(tmp_path / "rank-0-of-2") and check(tmp_path / "rank-1-of-2")
+
+
+@pytest.mark.parametrize("part", ["layer-001.mlp.safetensors", "layer-000.attention.safetensors", "held.safetensors", "head.safetensors",
+                                  "embedding.safetensors"])
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"memory_budget": "8GiB"}], ids=["held", "window", "budget"])
+def test_a_flipped_bit_is_refused(folders, tmp_path, part, options):
+    shutil.copytree(folders["qwen3"] / "parts" / "rank-0-of-1", tmp_path / "damaged")
+    file = tmp_path / "damaged" / part
+    content = bytearray(file.read_bytes())
+    with safe_open(file, "pt") as opened:
+        assert opened.keys()
+    place = 4 * PROMPTS[0][0] * 80 + len(content) - (os.path.getsize(file) - 4096) if part.startswith("embed") else len(content) - 9
+    content[place] ^= 4
+    file.write_bytes(content)
+    with pytest.raises((ModelError, WindowError), match=f"{part} is damaged: the checksum of"):
+        logits_of(tmp_path / "damaged", **options)
+    with pytest.raises(ModelError, match=f"{part} is damaged: the checksum of"):
+        check(tmp_path / "damaged")
+
+
+def test_truncated_missing_and_foreign_folders_are_refused(folders, tmp_path):
+    good = folders["qwen3"] / "parts" / "rank-0-of-1"
+
+    def broken(name, act):
+        folder = tmp_path / name
+        shutil.copytree(good, folder)
+        act(folder)
+        with pytest.raises(ModelError) as caught:
+            load_model(folder, "cpu", communicator=SoloCommunicator())
+        return str(caught.value)
+
+    assert "is truncated" in broken("short", lambda folder: os.truncate(folder / "layer-000.mlp.safetensors", 9000))
+    assert "does not exist" in broken("gone", lambda folder: (folder / "layer-001.attention.safetensors").unlink())
+    assert "cannot be read as JSON" in broken("cut", lambda folder: os.truncate(folder / "shard.json", 300))
+    assert "is damaged" in broken("odd", lambda folder: (folder / "shard.json").write_text('{"format": "hetero_attn shard", "version": 1}'))
+    other = folders["gemma2"] / "config.json"
+    assert "is not that of the export" in broken("other", lambda folder: shutil.copy(other, folder / "config.json"))
+    for name in ("model.layers.0.self_attn.q_proj.weight",):
+        manifest = json.loads((good / "shard.json").read_text())
+        facts = manifest["files"]["layer-000.attention.safetensors"]["tensors"][name]
+        assert facts["shape"][0] == 120 and len(facts["sha256"]) == 1
