@@ -87,8 +87,10 @@ class RowParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias and communicator.rank == 0 else None
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, own features] -> this rank's summand [T, out], for schedules that add up in another way."""
-        return self.linear(x, self.weight, self.bias)
+        """x [T, own features] -> this rank's summand [T, out], made where the collectives take it without a copy: for schedules."""
+        out = self.communicator.empty((x.shape[0], self.out_features), x.dtype)                          # [T, out]
+        self.linear(x, self.weight, self.bias, out=out)
+        return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, own features] -> [T, out], the same on every rank: all_reduce(partial(x)), which a device may fuse."""
