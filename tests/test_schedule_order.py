@@ -1,5 +1,7 @@
 """The order of work and its simulation: cuts are checked, the lanes wait for true dependencies and nothing else."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ def cuts(draw, most: int = 40):
     rows = st.lists(st.integers(1, max(total - 1, 1)), max_size=6, unique=True).map(sorted)
     boundaries = [row for row in draw(rows) if row < total]
     ends = [0, *boundaries, total]
-    inside = [[row for row in draw(rows) if begin < row < end] for begin, end in zip(ends, ends[1:])]
+    inside = [[row for row in draw(rows) if begin < row < end] for begin, end in pairwise(ends)]
     return Cut.at(total, boundaries, inside)
 
 

@@ -53,6 +53,7 @@ class Request:
     echo: bool
     interactive: bool               # a conversation with whoever is at standard input
     bar: bool | None
+    trace: Path | None = None       # where rank 0 writes what ran when
 
 
 def checked(args, world_size: int, *, rank: int = 0) -> Request:
@@ -84,13 +85,24 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         runs_on=_backend(args.backend, config, world_size, dtype, device, profile), dtype=dtype, device=args.device, vocabulary=vocabulary,
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
-        bar=True if args.progress else None,
+        bar=True if args.progress else None, trace=_trace(args, world_size),
     )
     for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts)):
         prompt_ids(prompt, config, tokenizer, name)
     if request.interactive:
         tokenizer.chat([*opening(request), {"role": "user", "content": "?"}])
     return request
+
+
+def _trace(args, world_size: int) -> Path | None:
+    if args.trace is None:
+        return None
+    path = Path(args.trace)
+    if world_size == 1:
+        raise CommandError("--trace shows computing beside communicating, and one rank sends nothing: give --tp N with N above 1")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise CommandError(f"--trace is {args.trace}, expected a file in a folder that exists")
+    return path
 
 
 def opening(request: Request) -> list[dict[str, str]]:

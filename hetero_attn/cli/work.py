@@ -27,6 +27,7 @@ from hetero_attn.models.generate import generate
 from hetero_attn.models.load import load_model
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.parallel.launch import RankFailure, run_ranks
+from hetero_attn.parallel.trace import Recorder, gather_events, meet, write_trace
 from hetero_attn.registry import use_backend
 
 
@@ -45,8 +46,13 @@ def work(request: Request) -> int:
             request.model, request.profile, communicator=communicator, dtype=request.dtype, vocabulary=request.vocabulary,
             progress=ByteProgress("loading weights", bar=request.bar) if first else None,
         )
+        if request.trace is not None:
+            model.recorder = Recorder(model.device)
+            meet(model.recorder, communicator)
         if not first:
             serve(model)
+            if request.trace is not None:
+                gather_events(model.recorder, communicator)
             return 0
         load_s = time.perf_counter() - started
         try:
@@ -55,7 +61,13 @@ def work(request: Request) -> int:
         except (*REFUSED, BrokenPipeError) as error:
             if driver.broken:
                 raise
-            return report(error)                               # the other ranks were released: an orderly end for all
+            code = report(error)                               # the other ranks were released: an orderly end for all
+            if request.trace is not None:
+                gather_events(model.recorder, communicator)
+            return code
+        if request.trace is not None:
+            write_trace(request.trace, gather_events(model.recorder, communicator))
+            print(f"trace: {request.trace}", file=sys.stderr, flush=True)
     return 0
 
 

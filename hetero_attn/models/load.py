@@ -18,6 +18,7 @@ from hetero_attn.models.agreement import check_agreement
 from hetero_attn.models.calibration import share_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.models.weights import Checkpoint, log
 from hetero_attn.parallel.sharding import VOCABULARIES
 from hetero_attn.profile import DeviceProfile, load_profile
@@ -78,6 +79,7 @@ def load_model(
         decoder.use_backend(linear_backend(profile))
         shards = list(decoder.shards(set(checkpoint.entries)))
         checkpoint.load(shards, progress)
+        decoder.schedule = make_schedule(decoder, profile)
     except BaseException:
         if made:
             communicator.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 COMPUTE, COMMUNICATION = "compute", "communication"
@@ -65,7 +66,7 @@ class Cut:
 
 
 def _ranges(ends: Sequence[int]) -> tuple[range, ...]:
-    return tuple(range(begin, end) for begin, end in zip(ends, ends[1:]))
+    return tuple(range(begin, end) for begin, end in pairwise(ends))
 
 
 class Task(NamedTuple):
