@@ -1,7 +1,6 @@
 """Where steps are cut: the wave formula, long and short tiles, the cost model, and what each schedule chooses of it."""
 
 import itertools
-import random
 
 import pytest
 from hypothesis import given, settings
@@ -133,18 +132,9 @@ def test_auto_is_by_its_costs_no_slower_than_any_fixed_choice(compute, communica
 
 def test_auto_codes_sums_only_where_that_saves_the_step_something():
     said = []
-    cheap = Auto(PLACES, costs(1e-3, 0.5e-3, coded=0.1e-3), use_codec=said.append)     # exact sums hide in any case
+    cheap = Auto(PLACES, costs(1e-3, 0.2e-3, coded=0.1e-3), use_codec=said.append)     # exact sums hide in any case
     cheap.cut([2048], [2048])
     dear = Auto(PLACES, costs(1e-3, 9e-3, coded=1e-3), use_codec=said.append)
     dear.cut([2048], [2048])
     dear.cut([2048], [2048])
     assert said == [False, True, True]
-
-
-def test_every_rank_comes_to_the_same_cut():
-    draw = random.Random(3)
-    for _ in range(20):
-        lengths = [draw.randint(1, 700) for _ in range(draw.randint(1, 4))]
-        counts = [draw.randint(1, length) for length in lengths]
-        model = costs(draw.random() * 1e-2, draw.random() * 1e-2)
-        assert Auto(PLACES, model).cut(counts, lengths) == Auto(PLACES, from_settings(model.settings(), 0.0)).cut(counts, lengths)

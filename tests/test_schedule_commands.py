@@ -38,9 +38,9 @@ def test_a_trace_shows_both_lanes_of_every_rank(tmp_path):
     layers = json.loads((MODEL / "config.json").read_text())["num_hidden_layers"]
     tasks = [event for event in events if event["ph"] == "X"]
     for rank in (0, 1):
-        for lane, pieces in (("compute", 2), ("communication", 1)):
+        for lane, expected in (("compute", 3 * 2 * 2 * layers), ("communication", 3 + 3 * 2 * layers)):
             own = sorted((event for event in tasks if event["pid"] == rank and event["cat"] == lane), key=lambda event: event["ts"])
-            assert len(own) == pieces * 3 * 2 * layers              # one step is cut, in three parts: a task a block, part and piece
+            assert len(own) == expected                             # one step is cut, in three parts: two blocks a layer, two pieces each
             assert all(a["ts"] + a["dur"] <= b["ts"] + 1 for a, b in pairwise(own)), "one task at a time in a lane"
     assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == {"compute", "communication"}
     plain = generate(tmp_path, "--tp", 2, "--set", "schedule=plain")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_attn.parallel.schedule_order import COMPUTE, INNER, PRODUCT, SUM, Cut, Task, needs, order, simulate
+from hetero_attn.parallel.schedule_order import COMPUTE, EMBED, INNER, PRODUCT, SUM, Cut, Task, needs, order, simulate
 
 
 @st.composite
@@ -40,7 +40,7 @@ def test_simulated_tasks_wait_for_what_they_need_and_for_nothing_else(cut, block
     lengths = {}
     timeline = simulate(blocks, cut, lambda task: lengths.setdefault(task, random.uniform(0.1, 2)))
     spans = {span.task: span for span in timeline.spans}
-    assert list(spans) == list(order(blocks, cut)) and len(spans) == blocks * sum(1 + 2 * len(part) for part in cut.tiles)
+    assert list(spans) == list(order(blocks, cut)) and len(spans) == len(cut.tiles) + blocks * sum(1 + 2 * len(part) for part in cut.tiles)
     before = {}
     for span in timeline.spans:
         wanted = [spans[each].end for each in needs(span.task, cut)] + [before.get(span.task.lane, 0.0)]
@@ -55,12 +55,13 @@ def test_the_needs_of_every_kind():
     cut = Cut.at(10, [4], [[2], [7]])
     assert needs(Task(SUM, 3, 1, 0), cut) == [Task(PRODUCT, 3, 1, 0)]
     assert needs(Task(INNER, 3, 1, 0), cut) == [Task(SUM, 2, 1, 0), Task(SUM, 2, 1, 1)]
-    assert needs(Task(INNER, 0, 1, 0), cut) == [] and needs(Task(PRODUCT, 3, 1, 1), cut) == []
+    assert needs(Task(INNER, 0, 1, 0), cut) == [Task(EMBED, 0, 1, 0)]
+    assert needs(Task(EMBED, 0, 1, 0), cut) == [] and needs(Task(PRODUCT, 3, 1, 1), cut) == []
 
 
 def test_plain_hides_nothing_and_two_equal_parts_hide_all_but_the_ends():
     def second(task):
-        return 0.0 if task.kind == INNER else len(cut.tiles[task.part][task.tile]) / 8
+        return 0.0 if task.kind in (EMBED, INNER) else len(cut.tiles[task.part][task.tile]) / 8
 
     cut = Cut.at(8)
     plain = simulate(16, cut, second)
@@ -75,8 +76,8 @@ def test_plain_hides_nothing_and_two_equal_parts_hide_all_but_the_ends():
 def test_more_parts_lift_what_two_leave_idle():
     """Half an attention is shorter than half a transfer: with two parts the MLP waits, with three it need not."""
     def seconds(task):
-        share = len(cut.parts[task.part]) / 12 if task.kind == INNER else len(cut.tiles[task.part][task.tile]) / 12
-        return share * {INNER: (0.6, 1.4)[task.block % 2], PRODUCT: 0.0, SUM: 0.9}[task.kind]
+        share = len(cut.parts[task.part] if task.kind == INNER else cut.tiles[task.part][task.tile]) / 12
+        return share * {EMBED: 0.0, INNER: (0.6, 1.4)[task.block % 2], PRODUCT: 0.0, SUM: 0.9}[task.kind]
 
     found = []
     for boundaries in ((), (6,), (4, 8), (3, 6, 9)):

@@ -14,7 +14,9 @@ from schedule_models import TOLERANCE, apart, family_decoder, random_batch, run_
 from tiny_families import FAMILIES
 
 from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.parallel.schedule_choice import Given, Schedule
+from hetero_attn.profile import load_profile
 from hetero_attn.testing.ranks import on_ranks
 
 CASES = 40 if os.environ.get("HETERO_ATTN_FULL") else 6
@@ -60,7 +62,7 @@ def test_a_seeded_fault_is_caught(monkeypatch):
 
 def all_families(communicator, seed: int) -> dict:
     """On each rank: every family through CASES random cuts of random batches, against plain of the same weights; the largest difference."""
-    draw, report = random.Random(seed), {}
+    draw, report = random.Random(seed), {"agreed": agreed(communicator)}
     for name in FAMILIES:
         decoder = family_decoder(name, communicator, vocabulary=draw.choice(("sharded", "sharded", "master")))
         worst, bits = 0.0, 0.0
@@ -79,12 +81,20 @@ def all_families(communicator, seed: int) -> dict:
     return report
 
 
+def agreed(communicator) -> str:
+    """The cut that a schedule makes whose profile differs from rank to rank: rank 0's counts."""
+    mine = ["schedule=weave", "overlap.parts=3"] if communicator.rank == 0 else ["schedule=tiled", "overlap.shard_tokens=99"]
+    schedule = make_schedule(family_decoder("llama3.1", communicator), load_profile("cpu", sets=["overlap.min_tokens=8", *mine]))
+    return f"{schedule.name} {schedule.cut([24], [24])}"
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("world_size, communicator", [(2, "cpu"), (2, "distributed-one_shot"), (3, "distributed-ring"), (4, "cpu")])
 def test_every_family_and_any_cut_on_ranks(world_size, communicator):
     outcomes = on_ranks(all_families, (world_size,), world_size, communicator=communicator, timeout_s=280)
     assert not any(outcome.error for outcome in outcomes), "\n".join(outcome.traceback for outcome in outcomes)
     reports = [outcome.result for outcome in outcomes]
+    assert {report["agreed"] for report in reports} == {"weave 8 | 8 | 8"}
     for name in FAMILIES:
         assert [worst for worst, _ in (report[name] for report in reports) if worst > TOLERANCE] == [], name
         assert len({bits for _, bits in (report[name] for report in reports)}) == 1, f"{name}: ranks would sample different tokens"

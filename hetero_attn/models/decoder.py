@@ -8,7 +8,7 @@ Beside those, communication happens in the embedding and in the head, and nowher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,7 +24,7 @@ from hetero_attn.models.moe import MixtureOfExperts
 from hetero_attn.models.norm import RMSNorm
 from hetero_attn.models.rope import RotaryEmbedding
 from hetero_attn.parallel.linear import VocabularyEmbedding, VocabularyHead
-from hetero_attn.parallel.schedule import Block, SumNorm, run_blocks
+from hetero_attn.parallel.schedule import Block, CommunicationLane, SumNorm, run_blocks
 from hetero_attn.parallel.schedule_choice import Schedule
 from hetero_attn.parallel.schedule_order import Cut
 from hetero_attn.parallel.sharding import Partition, Shard
@@ -152,21 +152,26 @@ class Decoder(nn.Module):
         CommunicatorError when a rank is lost, UnsupportedError when no backend runs the attention.
         """
         with self.choosing():
-            x = self.embedded(step)
             rotary = self.rotary(step.positions, self.dtype)
             cut = self.schedule.cut(step.counts, step.lengths)
             if cut is not None:
-                return self.logits(self.run_cut(x, rotary, step, cache, cut).index_select(0, step.logits_at))
+                return self.logits(self.run_cut(rotary, step, cache, cut).index_select(0, step.logits_at))
+            x = self.scaled(self.embed(step.tokens, step.total_q))
             for layer in self.layers:
                 x = layer(x, rotary, step, cache)
             return self.logits(self.norm(x.index_select(0, step.logits_at)))
 
-    def run_cut(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache, cut: Cut
-    ) -> torch.Tensor:
-        """x [T, C], the embedded rows, through all layers in the cut's order -> [T, C] under the final norm."""
+    def run_cut(self, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache, cut: Cut) -> torch.Tensor:
+        """The step's tokens through all layers in the cut's order -> [T, C] under the final norm."""
+        hidden = self.embed.local(step.tokens, step.total_q)
+
+        def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
+            mine, part = hidden[rows.start : rows.stop], cut.parts.index(rows)
+            arrive = lane.start("embed", part, self.embed.operation, mine, site=self.embed.site)
+            return lambda: self.scaled(arrive())
+
         contexts = [(tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache) for rows in cut.parts]
-        return run_blocks(self.blocks(), self.layers[0].input_norm, x, contexts, cut, self.communicator, self.recorder)
+        return run_blocks(self.blocks(), self.layers[0].input_norm, embed, contexts, cut, self.communicator, self.recorder)
 
     def blocks(self) -> list[Block]:
         """All layers' blocks, in order."""
@@ -177,9 +182,8 @@ class Decoder(nn.Module):
         """Inside it, attention is chosen by the model's own profile."""
         return nullcontext() if self.profile is None else use_profile(self.profile)
 
-    def embedded(self, step: Step) -> torch.Tensor:
-        """Hidden states [T, C] of the step's tokens, on every rank."""
-        x = self.embed(step.tokens, step.total_q)
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Embedded rows [T, C] as the first layer takes them."""
         if self.config.embedding_scale != 1.0:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)         # rounded to the model's dtype, as it was trained
         return x

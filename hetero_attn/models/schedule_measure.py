@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hetero_attn.communicator import Communicator
-from hetero_attn.parallel.schedule import Block, run_blocks
+from hetero_attn.parallel.schedule import Block, CommunicationLane, run_blocks
 from hetero_attn.parallel.schedule_cost import CODED_SUM, KINDS, Costs, Curve
 from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut
 
@@ -106,10 +106,14 @@ def time_cuts(decoder, cuts: Mapping[str, Cut], rounds: int, *, layers: int | No
         for name, cut in cuts.items()
     }
     timed = _Timer(decoder, 1)
+
+    def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
+        return lane.start("embed", 0, "all_reduce", x[rows.start : rows.stop].clone(), site=SITE)
+
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in names if number % 2 else reversed(names):
-            call = partial(run_blocks, blocks, decoder.layers[0].input_norm, x, contexts[name], cuts[name], decoder.communicator)
+            call = partial(run_blocks, blocks, decoder.layers[0].input_norm, embed, contexts[name], cuts[name], decoder.communicator)
             seconds = timed(call, warm=False)
             if number:
                 found[name].append(seconds)

@@ -117,20 +117,29 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, tokens: torch.Tensor | None, total: int) -> torch.Tensor:
         """tokens [T] int64 (may be None where no rows are held under 'master'), total = T -> hidden states [T, C] on every rank."""
-        if self.vocabulary == "master" and self.communicator.rank != 0:
-            hidden = self.communicator.empty((total, self.weight.shape[1]), self.weight.dtype)
-            return self.communicator.broadcast(hidden, src=0, site=self.site)
-        self._check(tokens, total)
+        hidden = self.local(tokens, total)
         if self.vocabulary == "master":
-            return self.communicator.broadcast(F.embedding(tokens, self.weight), src=0, site=self.site)
-        if self.communicator.world_size == 1:
+            return self.communicator.broadcast(hidden, 0, site=self.site)
+        return hidden if self.communicator.world_size == 1 else self.communicator.all_reduce(hidden, site=self.site)
+
+    @property
+    def operation(self) -> str:
+        """What makes hidden states of every rank's local()."""
+        return "broadcast" if self.vocabulary == "master" else "all_reduce"
+
+    def local(self, tokens: torch.Tensor | None, total: int) -> torch.Tensor:
+        """This rank's part in the hidden states [T, C]: a summand, or under 'master' all of them on rank 0 and room for them elsewhere."""
+        if self.vocabulary == "master" and self.communicator.rank != 0:
+            return self.communicator.empty((total, self.weight.shape[1]), self.weight.dtype)
+        self._check(tokens, total)
+        if self.vocabulary == "master" or self.communicator.world_size == 1:
             return F.embedding(tokens, self.weight)
         hidden = self.weight.new_zeros(total, self.weight.shape[1])
         if len(self.own):
             mine = (tokens >= self.own.start) & (tokens < self.own.stop)
             rows = F.embedding((tokens - self.own.start).clamp(0, len(self.own) - 1), self.weight)
             hidden = torch.where(mine[:, None], rows, hidden)
-        return self.communicator.all_reduce(hidden, site=self.site)
+        return hidden
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         if len(self.own):

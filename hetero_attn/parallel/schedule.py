@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hetero_attn.communicator import Communicator
-from hetero_attn.parallel.schedule_order import INNER, PRODUCT, Cut, Task, order
+from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, Cut, Task, order
 from hetero_attn.parallel.trace import Recorder
 
 
@@ -48,59 +48,68 @@ class Block:
 def run_blocks(
     blocks: Sequence[Block],
     first_norm: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
+    embed: Callable[[range, CommunicationLane], Callable[[], torch.Tensor]],
     contexts: Sequence[Any],
     cut: Cut,
     communicator: Communicator,
     recorder: Recorder | None = None,
 ) -> torch.Tensor:
-    """x [T, C], the embedded rows, through all blocks -> [T, C] under the last block's norm, the same on every rank.
+    """The embedded rows through all blocks -> [T, C] under the last block's norm, the same on every rank.
 
-    contexts: what `inner` is told of each part of the cut. first_norm: the first block's, which needs no sum. Every rank makes this call
-    with an equal cut. Raises what a block raises and CommunicatorError.
+    embed: begins to fetch the embedded rows of a part by the lane, and gives what waits for them [t, C]. first_norm: the first block's,
+    which needs no sum. contexts: what `inner` is told of each part of the cut. Every rank makes this call with an equal cut. Raises what
+    a block raises and CommunicatorError.
     """
-    if cut.total != x.shape[0] or len(contexts) != len(cut.tiles):
-        raise ValueError(f"a cut of {cut.total} rows in {len(cut.tiles)} parts, for x {list(x.shape)} and {len(contexts)} contexts")
+    if len(contexts) != len(cut.tiles):
+        raise ValueError(f"{len(contexts)} contexts for a cut in {len(cut.tiles)} parts ({cut})")
     lane = CommunicationLane(communicator, recorder, asynchronous=cut.overlaps)
-    own = {tile: x[tile.start : tile.stop][communicator.rows(len(tile))].clone() for part in cut.tiles for tile in part}
-    coming: list[list[Callable[[], torch.Tensor]]] = [[] for _ in cut.tiles]             # of each part, its tiles' normed rows
-    y = summand = x
+    coming: list[list[Callable[[], torch.Tensor]]] = [[] for _ in cut.tiles]             # of each part, its tiles' rows
+    residual: dict[range, torch.Tensor] = {}                                             # of each tile, the rows that this rank owns
     for task in order(len(blocks), cut):
-        block, part = blocks[task.block], cut.parts[task.part]
-        if task.kind == INNER:
-            normed = _joined([arrive() for arrive in coming[task.part]]) if task.block else first_norm(x[part.start : part.stop])
+        block, part, tile = blocks[task.block], cut.parts[task.part], cut.tiles[task.part][task.tile]
+        if task.kind == EMBED:
+            coming[task.part] = [embed(part, lane)]
+        elif task.kind == INNER:
+            rows = _joined([arrive() for arrive in coming[task.part]])                       # [t, C]
             coming[task.part] = []
+            if task.block == 0:
+                for tile in cut.tiles[task.part]:
+                    residual[tile] = rows[tile.start - part.start : tile.stop - part.start][communicator.rows(len(tile))].clone()
+                rows = first_norm(rows)
             with _recorded(recorder, task, block.site, len(part)):
-                y = block.inner(normed, contexts[task.part])                                 # [t, K]
+                y = block.inner(rows, contexts[task.part])                                   # [t, K]
         elif task.kind == PRODUCT:
-            tile = cut.tiles[task.part][task.tile]
             with _recorded(recorder, task, block.site, len(tile)):
                 summand = block.product(y[tile.start - part.start : tile.stop - part.start])     # [n, C]
         else:
-            tile = cut.tiles[task.part][task.tile]
-            coming[task.part].append(lane.start(task, block, summand, own[tile]))
+            norm = block.norm
+            coming[task.part].append(lane.start(
+                f"sum {block.site}", task.part, "all_reduce_rms_norm", summand, residual[tile], norm.weight, norm.eps, site=block.site,
+                weight_offset=norm.weight_offset, post_weight=norm.post_weight,
+            ))
     return _joined([arrive() for part in coming for arrive in part])
 
 
 class CommunicationLane:
-    """Sums with their norms, one after the other beside the compute lane; at once where nothing could be computed meanwhile."""
+    """Operations of a communicator, one after the other beside the compute lane; at once where nothing could be computed meanwhile."""
 
-    def __init__(self, communicator: Communicator, recorder: Recorder | None, *, asynchronous: bool) -> None:
+    def __init__(self, communicator: Communicator, recorder: Recorder | None = None, *, asynchronous: bool) -> None:
         self._communicator, self._recorder, self._asynchronous = communicator, recorder, asynchronous
 
-    def start(self, task: Task, block: Block, summand: torch.Tensor, residual_shard: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin the sum of `summand` [n, C] -> what waits for it and gives the normed rows [n, C]. residual_shard is updated."""
-        norm, communicator = block.norm, self._communicator
-        arguments = (summand, residual_shard, norm.weight, norm.eps)
-        options = {"site": block.site, "weight_offset": norm.weight_offset, "post_weight": norm.post_weight}
+    def start(self, name: str, part: int, operation: str, x: torch.Tensor, *arguments: Any, **options: Any) -> Callable[[], torch.Tensor]:
+        """Begin the operation on x [n, ...] -> what waits for it and gives its result, of several the first. name, part: for the trace."""
         if self._recorder is not None:
-            call = self._recorder.communication(communicator, f"sum {block.site}", summand.shape[0], task.part)
-            return call(arguments, options, asynchronous=self._asynchronous)
-        if not self._asynchronous:
-            normed, _ = communicator.all_reduce_rms_norm(*arguments, **options)
-            return lambda: normed
-        handle = communicator.start_all_reduce_rms_norm(*arguments, **options)
-        return lambda: handle.wait()[0]
+            do = self._recorder.start if self._asynchronous else self._recorder.call
+            found = do(self._communicator, name, x.shape[0], part, operation, (x, *arguments), options)
+        elif self._asynchronous:
+            found = self._communicator.start(operation, x, *arguments, **options).wait
+        else:
+            found = getattr(self._communicator, operation)(x, *arguments, **options)
+        return (lambda: _first(found())) if self._asynchronous else (lambda: _first(found))
+
+
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
 class _Unrecorded:

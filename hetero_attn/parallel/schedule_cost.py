@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut, Task, Timeline, simulate
+from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, SUM, Cut, Task, Timeline, simulate
 
 ATTENTION, MLP = "attention", "mlp"
 KINDS = (ATTENTION, MLP)                             # of a layer's blocks, in order
@@ -53,6 +53,8 @@ class Costs:
         pairs = [seen_pairs(rows, counts, lengths) for rows in cut.parts]
 
         def seconds(task: Task) -> float:
+            if task.kind == EMBED:                   # an all-reduce moves as much as a sum with its norm
+                return self.pieces[SUM](len(cut.parts[task.part]))
             if task.kind == SUM:
                 return self.pieces[CODED_SUM if coded else SUM](len(cut.tiles[task.part][task.tile]))
             kind = KINDS[task.block % 2]

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 COMPUTE, COMMUNICATION = "compute", "communication"
-INNER, PRODUCT, SUM = "inner", "product", "sum"
+EMBED, INNER, PRODUCT, SUM = "embed", "inner", "product", "sum"
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def _ranges(ends: Sequence[int]) -> tuple[range, ...]:
 
 
 class Task(NamedTuple):
-    """One piece of work. kind: INNER (a block up to its row-parallel weight, for a whole part), PRODUCT (with that weight, for a tile) or
-    SUM (over the ranks, with the norm that follows, for a tile; the only one of the communication lane). tile is 0 for INNER."""
+    """One piece of work. kind: EMBED (a part's embedded rows from the ranks that hold them), INNER (a block up to its row-parallel weight,
+    for a whole part), PRODUCT (with that weight, for a tile) or SUM (over the ranks, with the norm that follows, for a tile). EMBED and
+    SUM are the communication lane's. tile is 0 for EMBED and INNER, block for EMBED."""
 
     kind: str
     block: int
@@ -80,7 +81,7 @@ class Task(NamedTuple):
 
     @property
     def lane(self) -> str:
-        return COMMUNICATION if self.kind == SUM else COMPUTE
+        return COMMUNICATION if self.kind in (EMBED, SUM) else COMPUTE
 
 
 def order(blocks: int, cut: Cut) -> Iterator[Task]:
@@ -88,6 +89,8 @@ def order(blocks: int, cut: Cut) -> Iterator[Task]:
 
     Part after part within a block. That the keys of a sequence's first part are there when its second part attends follows from it.
     """
+    for part in range(len(cut.tiles)):
+        yield Task(EMBED, 0, part, 0)
     for block in range(blocks):
         for part, tiles in enumerate(cut.tiles):
             yield Task(INNER, block, part, 0)
@@ -100,8 +103,10 @@ def needs(task: Task, cut: Cut) -> list[Task]:
     """What must be done before a task may begin, beyond the tasks before it in its own lane."""
     if task.kind == SUM:
         return [task._replace(kind=PRODUCT)]
-    if task.kind == PRODUCT or task.block == 0:
-        return []                                    # of this lane, or the embedding: there already
+    if task.kind in (EMBED, PRODUCT):
+        return []
+    if task.block == 0:
+        return [task._replace(kind=EMBED)]
     return [Task(SUM, task.block - 1, task.part, tile) for tile in range(len(cut.tiles[task.part]))]
 
 

@@ -76,25 +76,28 @@ class Recorder:
         yield
         self._keep(COMPUTE, name, began, rows, part)
 
-    def communication(self, communicator: Communicator, name: str, rows: int, part: int = 0) -> Callable[..., Callable[[], Any]]:
-        """How to make an all_reduce_rms_norm that is taken down: call(arguments, options, asynchronous=) -> what waits for its rows."""
+    def start(
+        self, communicator: Communicator, name: str, rows: int, part: int, operation: str, arguments: Sequence[Any], options: dict[str, Any]
+    ) -> Callable[[], Any]:
+        """Begin an operation of the communicator, to be taken down when it runs -> what waits for its result."""
+        if self.device.type != "cpu":
+            return self._on_device(communicator.start(operation, *arguments, **options), name, rows, part)
 
-        def call(arguments: Sequence[Any], options: dict[str, Any], *, asynchronous: bool) -> Callable[[], Any]:
-            if self.device.type != "cpu":
-                return self._on_device(communicator.start_all_reduce_rms_norm(*arguments, **options), name, rows, part)
+        def timed() -> Any:
+            return self.call(communicator, name, rows, part, operation, arguments, options)
 
-            def timed() -> Any:
-                began = time.perf_counter()
-                normed, _ = communicator.all_reduce_rms_norm(*arguments, **options)
-                self._keep(COMMUNICATION, name, began, rows, part)
-                return normed
+        return communicator.in_background(timed).wait
 
-            if asynchronous:
-                return communicator.in_background(timed).wait
-            normed = timed()
-            return lambda: normed
-
-        return call
+    def call(
+        self, communicator: Communicator, name: str, rows: int, part: int, operation: str, arguments: Sequence[Any], options: dict[str, Any]
+    ) -> Any:
+        """Do an operation of the communicator now, and take it down -> its result."""
+        if self.device.type != "cpu":
+            return self._on_device(communicator.start(operation, *arguments, **options), name, rows, part)()
+        began = time.perf_counter()
+        result = getattr(communicator, operation)(*arguments, **options)
+        self._keep(COMMUNICATION, name, began, rows, part)
+        return result
 
     def _on_device(self, handle: Any, name: str, rows: int, part: int) -> Callable[[], Any]:
         """Mark when the handle's stream is through, on a stream that does nothing but wait for it."""
@@ -105,7 +108,7 @@ class Recorder:
             handle.wait()
             final = self._mark()
         self._pending.append((COMMUNICATION, name, first, final, rows, part))
-        return lambda: handle.wait()[0]
+        return handle.wait
 
     def _keep(self, lane: str, name: str, began: float, rows: int, part: int) -> None:
         self._events.append(Event(lane, name, began - self._zero, time.perf_counter() - self._zero, rows, part))
