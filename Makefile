@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives prove-links schema table build wheel wheel-prebuilt clean
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-overlap bench-collectives prove-links schema table build wheel wheel-prebuilt clean
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -55,6 +55,8 @@ bench-cpu: $(VENV)/.bench      ## the cpu backend beside its peers and the machi
 
 bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the cost model (6 minutes, accuracy 30 more; BENCH="--without accuracy")
 	$(BIN)/python benchmarks/collectives.py $(BENCH)
+bench-overlap: $(VENV)/.bench  ## schedules beside one another on limited links (root only, long; BENCH="--tokens 512 --links '300 Mbit/s'")
+	$(BIN)/python benchmarks/overlap.py --mixed --tiled 512 2048 --trace --write $(BENCH)
 
 prove-links:               ## emulated 300 Mbit/s, 1 ms links between 4 ranks (root only): what they measure to be
 	$(PYTHON) benchmarks/links.py --ranks 4 --rate 300 --delay 1 --prove
