@@ -15,7 +15,10 @@ from tiny_families import FAMILIES
 
 from hetero_attn.communicator import SoloCommunicator
 from hetero_attn.models.schedule_setup import make_schedule
+from hetero_attn.parallel.linear import RowParallelLinear
 from hetero_attn.parallel.schedule_choice import Given, Schedule
+from hetero_attn.parallel.schedule_order import Cut
+from hetero_attn.parallel.tiled_linear import tiled_linear
 from hetero_attn.profile import load_profile
 from hetero_attn.testing.ranks import on_ranks
 
@@ -62,7 +65,7 @@ def test_a_seeded_fault_is_caught(monkeypatch):
 
 def all_families(communicator, seed: int) -> dict:
     """On each rank: every family through CASES random cuts of random batches, against plain of the same weights; the largest difference."""
-    draw, report = random.Random(seed), {"agreed": agreed(communicator)}
+    draw, report = random.Random(seed), {"agreed": agreed(communicator), "tiled": tiled(communicator)}
     for name in FAMILIES:
         decoder = family_decoder(name, communicator, vocabulary=draw.choice(("sharded", "sharded", "master")))
         worst, bits = 0.0, 0.0
@@ -81,6 +84,21 @@ def all_families(communicator, seed: int) -> dict:
     return report
 
 
+def tiled(communicator) -> float:
+    """One row-parallel linear in tiles against itself whole."""
+    generator = torch.Generator().manual_seed(communicator.rank)
+    layer = RowParallelLinear(communicator, "o", 8 * communicator.world_size, 24, range(8), site="o", bias=True, dtype=torch.float32,
+                              device="cpu")
+    torch.nn.init.normal_(layer.weight, generator=generator)
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias, generator=generator)
+    x = torch.randn(37, 8, generator=generator)
+    whole = layer(x)
+    with pytest.raises(ValueError, match="from 0 to 37"):
+        tiled_linear(layer, x, [range(5), range(5, 36)])
+    return max(apart([tiled_linear(layer, x, Cut.at(37, (), [rows]).tiles[0])], [whole]) for rows in ([], [5], [1, 20, 36]))
+
+
 def agreed(communicator) -> str:
     """The cut that a schedule makes whose profile differs from rank to rank: rank 0's counts."""
     mine = ["schedule=weave", "overlap.parts=3"] if communicator.rank == 0 else ["schedule=tiled", "overlap.shard_tokens=99"]
@@ -95,6 +113,7 @@ def test_every_family_and_any_cut_on_ranks(world_size, communicator):
     assert not any(outcome.error for outcome in outcomes), "\n".join(outcome.traceback for outcome in outcomes)
     reports = [outcome.result for outcome in outcomes]
     assert {report["agreed"] for report in reports} == {"weave 8 | 8 | 8"}
+    assert max(report["tiled"] for report in reports) <= TOLERANCE
     for name in FAMILIES:
         assert [worst for worst, _ in (report[name] for report in reports) if worst > TOLERANCE] == [], name
         assert len({bits for _, bits in (report[name] for report in reports)}) == 1, f"{name}: ranks would sample different tokens"
