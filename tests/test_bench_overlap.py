@@ -28,7 +28,8 @@ def test_hidden_is_of_the_shorter_lane():
 
 @pytest.mark.parametrize("made, fails", [
     (cell(6.5, 10, 7, 7), []), (cell(6.5, 10, 7.9, 7.9), ["hides 60%"]), (cell(5, 10, 6.9, 6.9), []),
-    (cell(5, 10, 7.2, 7.2), ["hides 56%"]), (cell(6.5, 10, 7, 7.3), ["auto"]), (cell(9, 10, 9.5, 9.5), ["largest gain"]), (cell(9, 10, 9.5, 9.5, (1, 512)), []),
+    (cell(5, 10, 7.2, 7.2), ["hides 56%"]), (cell(6.5, 10, 7, 7.3), ["auto"]),
+    (cell(9, 10, 9.5, 9.5), ["largest gain"]), (cell(9, 10, 9.5, 9.5, (1, 512)), []),
 ])
 def test_what_is_asked_fails_where_it_should(made, fails):
     found = [line.text for line in verdicts([made]) if not line.passed]
