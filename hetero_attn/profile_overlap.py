@@ -30,8 +30,8 @@ class Overlap:
                                                  minimum=1)
     communication_units: int = setting("Units (of hardware.units) that communication keeps from the matrix product", default=0, minimum=0)
     pair_ns: float | None = setting("Attention of one layer and rank for a query and a key it sees, nanoseconds", default=None, minimum=0)
-    efficiency: float | None = setting("How much of a sum beside a product is hidden, 0 to 1: less where both want the same processor; "
-                                       "null = all", default=None, minimum=0)
+    efficiency: float | None = setting("How much of a cut's expected gain is real, 0 to 1: less where computing and communicating want "
+                                       "the same processor; null = all", default=None, minimum=0)
     measured: tuple[str, ...] = setting("What a layer's pieces and sums took", default=(), **COST)
 
     def __post_init__(self):

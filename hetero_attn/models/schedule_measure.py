@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,7 +23,7 @@ from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut
 QUICK_ROWS = (32, 128, 256)
 THOROUGH_ROWS = (16, 32, 64, 128, 256, 512, 1024)
 REPEATS, LIMIT_S = 5, 0.5                            # calls of a piece, and the seconds after which fewer will do
-MOST_BESIDE = 32                                     # pieces computed beside a sum
+EFFICIENCY_ROWS = 256                                # a cut this short, or the longest measured, shows how much of a gain is real
 PATIENCE_S = 2.0                                     # no piece is tried at more rows once it takes so long
 SITE = "tune"
 
@@ -52,7 +53,10 @@ def measure_costs(
         if name == f"{KINDS[0]}_{INNER}":            # the pairs of these very measurements are counted apart
             own = [(count, max(seconds - pair_s * count * (count + 1) / 2, 0.0)) for count, seconds in own]
         curves[name] = Curve(own)
-    return Costs(curves, pair_s, _efficiency(decoder, blocks, count, took, timed))
+    if use_codec is not None:
+        use_codec(False)
+    costs, count = Costs(curves, pair_s), min(count, EFFICIENCY_ROWS)
+    return replace(costs, efficiency=_efficiency(decoder, costs, count))
 
 
 def _pieces(decoder, blocks: Sequence[Block], count: int, timed: _Timer) -> tuple[dict[str, float], float]:
@@ -66,20 +70,14 @@ def _pieces(decoder, blocks: Sequence[Block], count: int, timed: _Timer) -> tupl
     return took, max((longer - took[f"{KINDS[0]}_{INNER}"]) / count**2, 0.0)
 
 
-def _efficiency(decoder, blocks: Sequence[Block], count: int, took: Mapping[str, float], timed: _Timer) -> float:
-    """How much of a sum of `count` rows is hidden beside as much computing as it takes, 0 to 1. took: what they take alone."""
-    hidden, context = _hidden(decoder, count), _context(decoder, count, 0)
-    once = took[f"{KINDS[1]}_{INNER}"] + took[f"{KINDS[1]}_{PRODUCT}"]
-    times = min(max(round(took[SUM] / once), 1), MOST_BESIDE)
-
-    def both() -> None:
-        handle = _sum(decoder.communicator, blocks[0], hidden, start=True)
-        for _ in range(times):
-            blocks[1].product(blocks[1].inner(hidden, context))
-        handle.wait()
-
-    shorter = min(times * once, took[SUM])
-    return min(max((times * once + took[SUM] - timed(both)) / shorter, 0.0), 1.0)
+def _efficiency(decoder, costs: Costs, count: int) -> float:
+    """How much of the gain that the costs promise two parts of `count` rows is there on the clock, 0 to 1; 1 where they promise none."""
+    layers, cuts = min(2, len(decoder.layers)), {"plain": Cut.at(count), "halves": Cut.at(count, [max(count // 2, 1)])}
+    promised = [costs.simulated(cut, [count], [count], layers).seconds for cut in cuts.values()]
+    times = [median(own) for own in time_cuts(decoder, cuts, 3, layers=layers).values()]
+    if count < 2 or promised[1] >= promised[0]:
+        return 1.0
+    return min(max((times[0] - times[1]) / (promised[0] - promised[1]), 0.0), 1.0)
 
 
 def measure_whole_sum(decoder, rows: Sequence[int]) -> dict[int, float]:
@@ -175,9 +173,9 @@ def _context(decoder, count: int, past: int) -> tuple:
     return decoder.rotary(step.positions, decoder.dtype), step, cache
 
 
-def _sum(communicator: Communicator, block: Block, hidden: torch.Tensor, *, start: bool = False) -> Any:
+def _sum(communicator: Communicator, block: Block, hidden: torch.Tensor) -> None:
     summand = communicator.empty(hidden.shape, hidden.dtype).copy_(hidden)
     residual = hidden[communicator.rows(hidden.shape[0])].clone()
     norm = block.norm
-    call = communicator.start_all_reduce_rms_norm if start else communicator.all_reduce_rms_norm
-    return call(summand, residual, norm.weight, norm.eps, site=block.site, weight_offset=norm.weight_offset, post_weight=norm.post_weight)
+    communicator.all_reduce_rms_norm(summand, residual, norm.weight, norm.eps, site=block.site, weight_offset=norm.weight_offset,
+                                     post_weight=norm.post_weight)

@@ -102,7 +102,7 @@ class Sweep:
             cells = [f"{name} {row.measured[name] * 1e3:.1f} ({row.expected[name] * 1e3:.1f})" for name in row.cuts]
             lines.append(f"{row.tokens:6} tokens  " + "   ".join(cells) + f"   best: {row.best} [{row.cuts[row.best]}]")
         pays = f"from {self.min_tokens} tokens on" if self.min_tokens else "at no length tried"
-        lines.append(f"of a sum beside a product {self.costs.efficiency:.0%} is hidden")
+        lines.append(f"of what the costs promised {self.costs.efficiency:.0%} was there on the clock")
         lines += [f"a cut pays {pays}" + (f", best in {self.parts} parts" if self.parts else ""),
                   f"the residual is sharded from {self.shard_tokens} tokens on"]
         return "\n".join(lines)

@@ -42,7 +42,7 @@ class Curve:
 @dataclass(frozen=True)
 class Costs:
     """pieces: name of PIECES, SUM or CODED_SUM -> its Curve. pair_s: seconds of attention for a query and a key that it sees.
-    efficiency: the part of a sum that is hidden when it runs beside a product; what is missing to 1 is processor time that both want."""
+    efficiency: the part of a simulated gain over plain that the clock has seen; what lacks to 1 is processor time that both lanes want."""
 
     pieces: Mapping[str, Curve]
     pair_s: float = 0.0
@@ -73,10 +73,10 @@ class Costs:
 
     def seconds(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                 ) -> float:
-        """What to expect of the cut: the simulation, with only `efficiency` of what it hides."""
-        found = self.simulated(cut, counts, lengths, layers, coded=coded)
-        alone = found.compute + found.communication
-        return alone - self.efficiency * (alone - found.seconds)
+        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain."""
+        plain = self.simulated(Cut.at(cut.total), counts, lengths, layers, coded=coded).seconds
+        gain = plain - self.simulated(cut, counts, lengths, layers, coded=coded).seconds
+        return plain - (self.efficiency * gain if gain > 0 else gain)
 
     def settings(self) -> list[str]:
         """As the profile's overlap.measured holds them: 'what rows milliseconds'."""
