@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model bench-edge
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model bench-edge bench-overlap
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -71,6 +71,8 @@ bench-cpu: $(VENV)/.bench      ## the cpu backend beside its peers and the machi
 
 bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the cost model (6 minutes, accuracy 30 more; BENCH="--without accuracy")
 	$(BIN)/python benchmarks/collectives.py $(BENCH)
+bench-overlap: $(VENV)/.bench  ## schedules beside one another on limited links (root only, long; BENCH="--tokens 512 --links '300 Mbit/s'")
+	$(BIN)/python benchmarks/overlap.py --mixed --tiled 512 2048 --trace --write $(BENCH)
 
 bench-volta-layout: $(VENV)/.dev   ## bank conflicts of the Volta kernels by shared-memory layout, counted on the CPU (a minute)
 	$(BIN)/python benchmarks/volta_layout.py $(BENCH)

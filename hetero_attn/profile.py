@@ -21,10 +21,11 @@ from hetero_attn.hardware import Alignments, Hardware, Link
 from hetero_attn.overlay import OverlayKey, nested, read_overlay, write_overlay
 from hetero_attn.profile_detect import Detect, choose, device_name, present_device, shipped_profiles, unknown_profile
 from hetero_attn.profile_fields import Origins, ProfileError, check_fields, leaves, sections, setting
+from hetero_attn.profile_overlap import Overlap
 from hetero_attn.profile_yaml import Entry, compose, entries, pairs, parse_set, plain, read_text
 from hetero_attn.quantity import SIZE_FORM, SIZE_PATTERN
 
-__all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "ProfileError",
+__all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "Overlap", "ProfileError",
            "detect", "load_profile", "save_overlay", "shipped_profiles"]
 
 BACKEND_NAME = {"pattern": r"[a-z0-9][a-z0-9_-]*", "form": "lower-case letters, digits, _ and -"}
@@ -53,6 +54,9 @@ class DeviceProfile:
     codec: Literal["none", "auto", "int8_group32", "int4_group32", "int4_outliers"] = setting(
         "How sums of partial results are packed for the wire: none = as they are; auto = a lossy codec where the measured link gains by it",
         default="none")
+    schedule: Literal["plain", "weave", "tiled", "auto"] = setting(
+        "How long steps are run: plain = one sum after the other; weave = in parts, one computed while another is summed; tiled = each "
+        "row-parallel product in tiles; auto = what costs least by what was measured, plain where nothing was", default="auto")
     strict: bool = setting("Forbid falling through to a backend after the first", default=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("dtype of the model; auto = the checkpoint's", default="auto")
     vocabulary: Literal["sharded", "master"] = setting("Embedding and output head over all ranks, or on rank 0 alone", default="sharded")
@@ -71,6 +75,7 @@ class DeviceProfile:
                                  default=None, minimum=1)
     hardware: Hardware = field(default_factory=Hardware, metadata={"doc": "The device's numbers, each with its source beside it"})
     link: Link = field(default_factory=Link, metadata={"doc": "The link between ranks, measured by `hetero-attn tune` into the overlay"})
+    overlap: Overlap = field(default_factory=Overlap, metadata={"doc": "Thresholds and sizes of the schedules"})
     origins: Mapping[str, str] = field(default_factory=Origins, compare=False, repr=False)
 
     def __post_init__(self):

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 # What each part may import of the project: itself and what stands on a lower floor.
 FLOORS = [
-    {"spec", "environment", "profile_fields", "hardware", "profile_yaml", "profile_detect", "profile", "overlay", "profile_schema", "norm",
-     "product", "collective_arguments", "host_memory", "quantity"},
+    {"spec", "environment", "profile_fields", "hardware", "profile_yaml", "profile_detect", "profile", "profile_overlap", "overlay",
+     "profile_schema", "norm", "product", "collective_arguments", "host_memory", "quantity"},
     {"backend", "communicator", "jit", "cubin", "artifacts", "compiler"},
     {"reference"},
     {"registry"},

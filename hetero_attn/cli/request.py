@@ -64,6 +64,7 @@ class Request:
     cache_sequences: int
     restart: Path | None            # where the tokens are written down, so that a restart goes on with them
     trust_network: bool
+    trace: Path | None = None       # where rank 0 writes what ran when
 
 
 def checked(args, world_size: int, *, rank: int = 0) -> Request:
@@ -97,7 +98,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
         bar=True if args.progress else None, cache_tokens=None, cache_sequences=1,
-        restart=_restart_file(args, bool(sources)), trust_network=args.trust_network,
+        restart=_restart_file(args, bool(sources)), trust_network=args.trust_network, trace=_trace(args, world_size),
     )
     ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
     if ids:
@@ -106,6 +107,17 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     if request.interactive and rank == 0:
         tokenizer.chat([*opening(request), {"role": "user", "content": "?"}])
     return request
+
+
+def _trace(args, world_size: int) -> Path | None:
+    if args.trace is None:
+        return None
+    path = Path(args.trace)
+    if world_size == 1:
+        raise CommandError("--trace shows computing beside communicating, and one rank sends nothing: give --tp N with N above 1")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise CommandError(f"--trace is {args.trace}, expected a file in a folder that exists")
+    return path
 
 
 def opening(request: Request) -> list[dict[str, str]]:

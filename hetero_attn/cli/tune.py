@@ -2,7 +2,8 @@
 
 The result goes into the user's overlay, for this profile, device and number of ranks, where `algorithm: auto` finds it; it holds for the
 hosts it was measured on. Alone the command starts its ranks here (--tp N); under torchrun every rank runs it, on whatever hosts, and rank 0
-writes and speaks. --show prints what was measured before, and how the choice follows from it.
+writes and speaks. --show prints what was measured before, and how the choice follows from it. With --schedule MODEL it is the model's
+schedule that is measured (tune_schedule.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ EPILOG = """examples:
   hetero-attn tune --tp 2
   hetero-attn tune --tp 2 --show
   hetero-attn tune --tp 2 --show --set codec=auto --model examples/tiny-llama
+  hetero-attn tune --tp 2 --schedule MODEL
   torchrun --nnodes=4 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn tune"""
 
 
@@ -38,6 +40,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--tp", type=int, metavar="N", help="number of ranks; started here unless torchrun did")
+    parser.add_argument("--schedule", metavar="MODEL", help="measure a model's layers and sums instead: when does a cut pay?")
     parser.add_argument("--show", action="store_true", help="print the table of what was measured before; measure nothing")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
     parser.add_argument("--model", metavar="MODEL", type=Path, help="with --show: whose calibration codec auto and int4_outliers have")
@@ -63,17 +66,28 @@ def run(args) -> int:
         raise CommandError("there is one rank, which sends nothing; give --tp N, or start the ranks with torchrun")
     if world_size < 2:
         raise CommandError(f"--tp is {world_size}, expected at least 2 ranks: one sends nothing")
-    profile = load_profile(args.profile, sets=args.set, device=args.device, world_size=world_size)
+    measure, call = work, ()
+    model = None
+    if args.schedule is not None:
+        from hetero_attn.cli import tune_schedule
+        from hetero_attn.models.config import ModelConfig
+
+        model = ModelConfig.from_dir(args.schedule).path.resolve().name
+        measure, call = tune_schedule.work, (args.schedule,)
+    profile = load_profile(args.profile, sets=args.set, device=args.device, world_size=world_size, model=model)
     if args.model is not None and not args.show:
         raise CommandError("--model is given without --show; what is measured here is the link, which no model changes")
     if args.show:
-        if env.rank == 0:
+        if env.rank == 0 and args.schedule is not None:
+            tune_schedule.show(profile, args.schedule, world_size, args.json)
+        elif env.rank == 0:
             show(profile, world_size, args.model, args.device, args.json)
         return 0
+    call = (*call, profile, args.device, args.json, args.dry_run)
     if joined:
-        return work(profile, args.device, args.json, args.dry_run)
+        return measure(*call)
     try:
-        return run_ranks(work, (profile, args.device, args.json, args.dry_run), world_size, threads=profile.threads_per_rank or None)[0]
+        return run_ranks(measure, call, world_size, threads=profile.threads_per_rank or None)[0]
     except RankFailure as error:
         failed = CommandFailed(str(error))
         failed.add_note(error.traceback)

@@ -32,6 +32,7 @@ from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.parallel.challenge import challenge
 from hetero_attn.parallel.launch import RankFailure, run_ranks
+from hetero_attn.parallel.trace import Recorder, gather_events, meet, write_trace
 from hetero_attn.registry import use_backend
 
 RESTARTS = 3                    # of ranks started here
@@ -57,9 +58,14 @@ def work(request: Request) -> int:
             cache_tokens=request.cache_tokens, cache_sequences=request.cache_sequences,
         )
         tell_plan(model)
+        if request.trace is not None:
+            model.recorder = Recorder(model.device)
+            meet(model.recorder, communicator)
         if not first:
             serve(model)
             gather_peaks(model)
+            if request.trace is not None:
+                gather_events(model.recorder, communicator)
             return 0
         load_s = time.perf_counter() - started
         try:
@@ -69,7 +75,13 @@ def work(request: Request) -> int:
         except (*REFUSED, BrokenPipeError) as error:
             if driver.broken:
                 raise
-            return report(error)                               # the other ranks were released: an orderly end for all
+            code = report(error)                               # the other ranks were released: an orderly end for all
+            if request.trace is not None:
+                gather_events(model.recorder, communicator)
+            return code
+        if request.trace is not None:
+            write_trace(request.trace, gather_events(model.recorder, communicator))
+            print(f"trace: {request.trace}", file=sys.stderr, flush=True)
     return 0
 
 

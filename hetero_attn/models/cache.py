@@ -7,6 +7,7 @@ heads. Prefill, chunked prefill, decode and any mixture are one thing here: `cou
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Step:
     seqused_k    [B] int32            keys of each sequence, the new tokens included
     slots        [T] int64            block * block_size + offset where each token's K and V are stored
     logits_at    [N] int64            rows of the packed batch that want logits
+    counts, lengths   B numbers each  new tokens and keys of each sequence, as cu_seqlens_q and seqused_k have them, on the host
     """
 
     tokens: torch.Tensor | None
@@ -43,11 +45,43 @@ class Step:
     logits_at: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    counts: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     @property
     def total_q(self) -> int:
         """T, the packed tokens of this step."""
         return self.positions.shape[0]
+
+    def part(self, rows: range) -> Step:
+        """Those rows of the packed batch as a step of their own, without tokens and logits.
+
+        A sequence that begins before them has its earlier keys in the cache by the time this runs, or waits for the parts that put them
+        there; one that goes on after them is seen up to their last token. So attention over the parts in order is attention over the step.
+        """
+        kept, counts, lengths, begin = [], [], [], 0
+        for sequence, (count, length) in enumerate(zip(self.counts, self.lengths)):
+            end = begin + count
+            first, last = max(begin, rows.start), min(end, rows.stop)
+            if first < last:
+                kept.append(sequence)
+                counts.append(last - first)
+                lengths.append(length - (end - last))
+            begin = end
+        device = self.positions.device
+        return Step(
+            tokens=None,
+            positions=self.positions[rows.start : rows.stop],
+            cu_seqlens_q=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
+            block_table=self.block_table[kept[0] : kept[-1] + 1],
+            seqused_k=torch.tensor(lengths, dtype=torch.int32, device=device),
+            slots=self.slots[rows.start : rows.stop],
+            logits_at=self.logits_at[:0],
+            max_seqlen_q=max(counts),
+            max_seqlen_k=max(lengths),
+            counts=tuple(counts),
+            lengths=tuple(lengths),
+        )
 
 
 class PagedCache:
@@ -170,6 +204,8 @@ class PagedCache:
             logits_at=self._tensor([end - 1 for end in cu_seqlens[1:]] if last_only else range(total), torch.int64),
             max_seqlen_q=max(counts),
             max_seqlen_k=max(lengths),
+            counts=tuple(counts),
+            lengths=tuple(lengths),
         )
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:

@@ -1,13 +1,14 @@
 """The decoder: embedding, layers, final norm and head, over packed tokens [T, C].
 
-A layer is four pieces (norm, attention, norm, MLP) that stay separate methods: another schedule of the same work (token split, tiled
-all-reduce) calls the same pieces in another order. Here is the plain one. Communication happens in RowParallelLinear, in the
-experts, in the embedding and in the head, and nowhere else.
+A layer is two blocks, attention and MLP, each ending in a sum over the ranks. Short steps run layer after layer, every rank norming
+every row: RowParallelLinear sums (the experts, in MixtureOfExperts), and that costs the fewest messages. Longer ones are given a cut by the
+decoder's schedule, and hetero_attn.parallel.schedule runs the same blocks by it, the residual sharded by rows and the sums in flight.
+Beside those, communication happens in the embedding and in the head, and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,6 +24,9 @@ from hetero_attn.models.moe import MixtureOfExperts
 from hetero_attn.models.norm import RMSNorm
 from hetero_attn.models.rope import RotaryEmbedding
 from hetero_attn.parallel.linear import VocabularyEmbedding, VocabularyHead
+from hetero_attn.parallel.schedule import Block, CommunicationLane, SumNorm, run_blocks
+from hetero_attn.parallel.schedule_choice import Schedule
+from hetero_attn.parallel.schedule_order import Cut
 from hetero_attn.parallel.sharding import Partition, Shard
 from hetero_attn.registry import use_profile
 
@@ -57,6 +61,15 @@ class DecoderLayer(nn.Module):
         x = x + self.attention_part(x, rotary, step, cache)
         return x + self.mlp_part(x)
 
+    def blocks(self, following: RMSNorm) -> tuple[Block, Block]:
+        """The layer as a schedule runs it, for context (rotary, step, cache). following: the norm after it, the next layer's first."""
+        attention, mlp = self.attention, self.mlp
+        return (
+            Block(attention.o_proj.site, lambda x, context: attention.heads(x, *context), attention.o_proj.partial,
+                  sum_norm(self.mlp_norm, self.post_attention_norm)),
+            Block(mlp.site, lambda x, context: mlp.columns(x), mlp.summand, sum_norm(following, self.post_mlp_norm)),
+        )
+
     def shards(self, prefix: str, names: set[str]) -> Iterator[Shard]:
         for norm in (self.input_norm, self.mlp_norm, self.post_attention_norm, self.post_mlp_norm):
             if norm is not None:
@@ -65,11 +78,17 @@ class DecoderLayer(nn.Module):
         yield from self.mlp.shards(prefix, names)
 
 
+def sum_norm(norm: RMSNorm, post_norm: RMSNorm | None) -> SumNorm:
+    """A norm of the residual, and the one of the summand before it, as what follows a sum."""
+    return SumNorm(norm.weight, norm.eps, norm.weight_offset, None if post_norm is None else post_norm.weight)
+
+
 class Decoder(nn.Module):
     """One rank of a tensor-parallel decoder. Made by load_model; parameters are empty until the checkpoint's shards are read.
 
-    config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes; memory and
-    window are the plan and the WeightWindow of a model that streams its weights (models/budget.py), else None.
+    config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes; so are
+    schedule, which cuts a step's rows (the same on every rank), and recorder (None), which takes down what ran when. memory and window
+    are the plan and the WeightWindow of a model that streams its weights (models/budget.py), else None.
     """
 
     memory = window = None
@@ -98,6 +117,7 @@ class Decoder(nn.Module):
             raise ModelError(str(error)) from None
         self.config, self.communicator, self.vocabulary = config, communicator, vocabulary
         self.dtype, self.device, self.profile, self.kv_block_size = dtype, torch.device(device), profile, kv_block_size
+        self.schedule, self.recorder = Schedule(), None
         made = {"dtype": dtype, "device": self.device}
         self.embed = VocabularyEmbedding(communicator, config.vocab_size, config.hidden_size, self.partition, **made)
         self.layers = nn.ModuleList(DecoderLayer(config, i, communicator, self.partition, **made) for i in range(config.layers))
@@ -137,28 +157,47 @@ class Decoder(nn.Module):
         CommunicatorError when a rank is lost, UnsupportedError when no backend runs the attention.
         """
         with self.choosing():
-            x = self.embedded(step)
             rotary = self.rotary(step.positions, self.dtype)
+            cut = self.schedule.cut(step.counts, step.lengths)
+            if cut is not None:
+                return self.logits(self.run_cut(rotary, step, cache, cut).index_select(0, step.logits_at))
+            x = self.scaled(self.embed(step.tokens, step.total_q))
             for layer in self.layers:
                 x = layer(x, rotary, step, cache)
-            return self.logits(x, step)
+            return self.logits(self.norm(x.index_select(0, step.logits_at)))
+
+    def run_cut(self, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache, cut: Cut) -> torch.Tensor:
+        """The step's tokens through all layers in the cut's order -> [T, C] under the final norm."""
+        hidden = self.embed.local(step.tokens, step.total_q)
+
+        def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
+            mine, part = hidden[rows.start : rows.stop], cut.parts.index(rows)
+            arrive = lane.start("embed", part, self.embed.operation, mine, site=self.embed.site)
+            return lambda: self.scaled(arrive())
+
+        contexts = [(tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache) for rows in cut.parts]
+        return run_blocks(self.blocks(), self.layers[0].input_norm, embed, contexts, cut, self.communicator, self.recorder)
+
+    def blocks(self) -> list[Block]:
+        """All layers' blocks, in order."""
+        following = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
+        return [block for layer, norm in zip(self.layers, following) for block in layer.blocks(norm)]
 
     def choosing(self) -> AbstractContextManager:
         """Inside it, attention is chosen by the model's own profile."""
         return nullcontext() if self.profile is None else use_profile(self.profile)
 
-    def embedded(self, step: Step) -> torch.Tensor:
-        """Hidden states [T, C] of the step's tokens, on every rank."""
-        x = self.embed(step.tokens, step.total_q)
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Embedded rows [T, C] as the first layer takes them."""
         if self.config.embedding_scale != 1.0:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)         # rounded to the model's dtype, as it was trained
         return x
 
-    def logits(self, x: torch.Tensor, step: Step) -> torch.Tensor | None:
-        """x [T, C], the last layer's output -> logits [N, vocab] fp32, or None on the workers under 'master'."""
+    def logits(self, normed: torch.Tensor) -> torch.Tensor | None:
+        """normed [N, C], rows under the final norm -> logits [N, vocab] fp32, or None on the workers under 'master'."""
         if self.vocabulary == "master" and self.communicator.rank != 0:
             return None
-        logits = self.lm_head(self.norm(x.index_select(0, step.logits_at)))
+        logits = self.lm_head(normed)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

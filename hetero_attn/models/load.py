@@ -19,6 +19,7 @@ from hetero_attn.models.budget import Room, stream
 from hetero_attn.models.calibration import share_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.models.shard_folder import rank_folder, refuse_unfinished
 from hetero_attn.models.weights import Checkpoint, log
 from hetero_attn.parallel.sharding import VOCABULARIES, Partition
@@ -104,6 +105,7 @@ def load_model(
             stream(decoder, checkpoint, room, communicator.device, progress)
         else:
             checkpoint.load(shards, progress)
+        decoder.schedule = make_schedule(decoder, profile)
     except BaseException:
         if made:
             communicator.close()

@@ -30,19 +30,24 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, communicator: Communicator, partition: Partition, *, dtype, device):
         super().__init__()
         own, ffn = partition.ffn, config.intermediate_size
+        self.site = f"layers.{layer}.down_proj"
         self.activation = activation(config.activation)
         self.gate_up_proj = ColumnParallelLinear(
             config.hidden_size, [("gate_proj", ffn, own), ("up_proj", ffn, own)], bias=config.mlp_bias, dtype=dtype, device=device
         )
         self.down_proj = RowParallelLinear(
             communicator, "down_proj", ffn, config.hidden_size, own,
-            site=f"layers.{layer}.down_proj", bias=config.mlp_bias, dtype=dtype, device=device,
+            site=self.site, bias=config.mlp_bias, dtype=dtype, device=device,
         )
 
     def columns(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, C] -> this rank's activations [T, own columns], the input of down_proj."""
         gate, up = self.gate_up_proj(x)
         return self.activation(gate) * up
+
+    def summand(self, y: torch.Tensor) -> torch.Tensor:
+        """columns(x) -> this rank's summand [T, C]."""
+        return self.down_proj.partial(y)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, C] -> [T, C], summed over the ranks."""

@@ -41,7 +41,11 @@ class MixtureOfExperts(nn.Module):
         weights, experts = probabilities.topk(self.experts_per_token, dim=-1)
         return weights / weights.sum(dim=-1, keepdim=True), experts
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
+    def columns(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, C], as it is: all of an expert's work is in summand(), for a token's way through it is its own."""
+        return x
+
+    def summand(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, C] -> this rank's summand [T, C]."""
         weights, experts = self.route(x)
         if self.streamed is None:
@@ -53,7 +57,7 @@ class MixtureOfExperts(nn.Module):
         self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
         """x [T, C], weights and experts [T, k], gate_up [E, 2 own, C], down [E, C, own] -> [T, C]."""
-        out = torch.zeros_like(x)
+        out = self.communicator.empty(x.shape, x.dtype).zero_()
         for expert in experts.unique().tolist():
             rows, place = (experts == expert).nonzero(as_tuple=True)
             gate, up = product(self.linear, x[rows], gate_up[expert]).chunk(2, dim=-1)
@@ -63,7 +67,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, C] -> [T, C], summed over the ranks."""
-        return self.communicator.all_reduce(self.partial(x), site=self.site)
+        return self.communicator.all_reduce(self.summand(x), site=self.site)
 
     def shards(self, prefix: str, names: set[str]) -> Iterator[Shard]:
         hidden, own, count = self.router.shape[1], self.own, len(self.own)

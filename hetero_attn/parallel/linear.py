@@ -112,10 +112,11 @@ class RowParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias and communicator.rank == 0 else None
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, own features] -> this rank's summand [T, out], for schedules that add up in another way."""
+        """x [T, own features] -> this rank's summand [T, out], made where the collectives take it without a copy: for schedules."""
+        out = self.communicator.empty((*x.shape[:-1], self.out_features), x.dtype)                      # [T, out]
         if self.streamed is None:
-            return self.linear(x, self.weight, self.bias)
-        out = self.communicator.empty((*x.shape[:-1], self.out_features), x.dtype)
+            self.linear(x, self.weight, self.bias, out=out)
+            return out
         with self.streamed as (weight,):
             return product(self.linear, x, weight, self.bias, out=out)
 
@@ -151,20 +152,29 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, tokens: torch.Tensor | None, total: int) -> torch.Tensor:
         """tokens [T] int64 (may be None where no rows are held under 'master'), total = T -> hidden states [T, C] on every rank."""
-        if self.vocabulary == "master" and self.communicator.rank != 0:
-            hidden = self.communicator.empty((total, self.weight.shape[1]), self.weight.dtype)
-            return self.communicator.broadcast(hidden, src=0, site=self.site)
-        self._check(tokens, total)
+        hidden = self.local(tokens, total)
         if self.vocabulary == "master":
-            return self.communicator.broadcast(self.rows(tokens), src=0, site=self.site)
-        if self.communicator.world_size == 1:
+            return self.communicator.broadcast(hidden, 0, site=self.site)
+        return hidden if self.communicator.world_size == 1 else self.communicator.all_reduce(hidden, site=self.site)
+
+    @property
+    def operation(self) -> str:
+        """What makes hidden states of every rank's local()."""
+        return "broadcast" if self.vocabulary == "master" else "all_reduce"
+
+    def local(self, tokens: torch.Tensor | None, total: int) -> torch.Tensor:
+        """This rank's part in the hidden states [T, C]: a summand, or under 'master' all of them on rank 0 and room for them elsewhere."""
+        if self.vocabulary == "master" and self.communicator.rank != 0:
+            return self.communicator.empty((total, self.weight.shape[1]), self.weight.dtype)
+        self._check(tokens, total)
+        if self.vocabulary == "master" or self.communicator.world_size == 1:
             return self.rows(tokens)
         hidden = torch.zeros(total, self.weight.shape[1], dtype=self.weight.dtype, device=tokens.device)
         if len(self.own):
             mine = (tokens >= self.own.start) & (tokens < self.own.stop)
             rows = self.rows((tokens - self.own.start).clamp(0, len(self.own) - 1))
             hidden = torch.where(mine[:, None], rows, hidden)
-        return self.communicator.all_reduce(hidden, site=self.site)
+        return hidden
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """indices [T] into this rank's rows -> [T, C]."""

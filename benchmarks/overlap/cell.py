@@ -1,0 +1,107 @@
+"""What every rank of the benchmark does: one random model, one link, one number of tokens; contenders take turns, the slowest rank counts.
+
+A contender is a schedule of the same step; "no comm" is plain with every collective removed. Costs for the simulation and for `auto` are
+measured here, once, as `hetero-attn tune --schedule` does.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hetero_attn.collectives import init_communicator
+from hetero_attn.models.schedule_measure import measure_costs
+from hetero_attn.models.schedule_setup import places_of
+from hetero_attn.parallel.schedule_choice import Auto, Plain, Schedule, Tiled, Weave
+from hetero_attn.parallel.trace import Recorder, gather_events, meet
+from hetero_attn.profile import load_profile
+from overlap.model import Shape, random_decoder, silenced
+
+NO_COMM = "no comm"
+COST_ROWS = (16, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Job:
+    """tokens: prompts of these lengths, each a cell; mixed: (decoding sequences, their past, prompt tokens) of cells with both."""
+
+    shape: Shape
+    tokens: tuple[int, ...]
+    rounds: int
+    contenders: tuple[str, ...]
+    mixed: tuple[tuple[int, int, int], ...] = ()
+    trace: bool = False
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """One rank's part of a job; the same facts on every rank."""
+    profile = load_profile("cpu")
+    with init_communicator(profile) as communicator:
+        decoder = random_decoder(job.shape, communicator, profile)
+        began = time.perf_counter()
+        costs = measure_costs(decoder, COST_ROWS, repeats=3)
+        took = time.perf_counter() - began
+        places = places_of(decoder, profile)
+        made: dict[str, Schedule] = {
+            "plain": Plain(places), NO_COMM: Plain(places), "weave 2": Weave(places, 2), "weave 3": Weave(places, 3),
+            "weave 4": Weave(places, 4), "tiled": Tiled(places, None, costs), "auto": Auto(places, costs),
+        }
+        schedules = {name: made[name] for name in job.contenders}
+        cells = [_cell(decoder, schedules, costs, [tokens], [tokens], job) for tokens in job.tokens]
+        cells += [_cell(decoder, schedules, costs, [1] * decoding + [tokens], [past + 1] * decoding + [tokens], job)
+                  for decoding, past, tokens in job.mixed]
+        return {"communicator": type(communicator).__name__, "costs": costs.settings(), "pair_ns": costs.pair_s * 1e9,
+                "efficiency": costs.efficiency, "costs_in_s": took, "shape": asdict(job.shape), "cells": cells}
+
+
+def _cell(decoder, schedules: dict[str, Schedule], costs, counts: list[int], lengths: list[int], job: Job) -> dict[str, Any]:
+    times: dict[str, list[float]] = {name: [] for name in schedules}
+    cuts, expected = {}, {}
+    for name, schedule in schedules.items():
+        cut = schedule.cut(counts, lengths)
+        cuts[name] = str(cut)
+        if cut is not None and name != NO_COMM:
+            found = costs.simulated(cut, counts, lengths, len(decoder.layers))
+            expected[name] = found.seconds
+            if name == "plain":
+                expected[NO_COMM] = found.compute
+    for number in range(job.rounds + 1):
+        for name in schedules if number % 2 else reversed(schedules):
+            seconds = _run(decoder, schedules[name], counts, lengths, silent=name == NO_COMM)
+            if number:
+                times[name].append(seconds)
+    cell = {"counts": counts, "lengths": lengths, "cuts": cuts, "simulated": expected, "seconds": times}
+    if job.trace:
+        recorder = decoder.recorder = Recorder()
+        meet(recorder, decoder.communicator)
+        _run(decoder, schedules["auto"], counts, lengths)
+        decoder.recorder = None
+        cell["trace"] = gather_events(recorder, decoder.communicator)
+    return cell
+
+
+def _run(decoder, schedule: Schedule, counts: list[int], lengths: list[int], *, silent: bool = False) -> float:
+    """Seconds of one step, of the slowest rank."""
+    communicator = decoder.communicator
+    cache = decoder.new_cache(sum(lengths), len(lengths))
+    ids = [cache.add_sequence() for _ in lengths]
+    past = [(identity, length - count) for identity, count, length in zip(ids, counts, lengths) if length > count]
+    if past:
+        cache.step([identity for identity, _ in past], [before for _, before in past])
+        for pages in (*cache.k, *cache.v):
+            pages.normal_()
+    tokens = torch.randint(0, decoder.config.vocab_size, (sum(counts),), generator=torch.Generator().manual_seed(0))
+    step = cache.step(ids, counts, tokens)
+    decoder.schedule = schedule
+    communicator.barrier(site="bench")
+    began = time.perf_counter()
+    if silent:
+        with silenced(decoder):
+            decoder(step, cache)
+    else:
+        decoder(step, cache)
+    own = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+    return communicator.all_gather(own, sizes=[1] * communicator.world_size, site="bench").max().item()

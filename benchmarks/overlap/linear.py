@@ -1,0 +1,63 @@
+"""FastAttention's tiling-AllReduce by itself: one row-parallel linear and its all-reduce, whole and in tiles, on a link."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from hetero_attn.collectives import init_communicator
+from hetero_attn.parallel.linear import RowParallelLinear
+from hetero_attn.parallel.schedule_cut import split_tiles
+from hetero_attn.parallel.schedule_order import Cut
+from hetero_attn.parallel.tiled_linear import tiled_linear
+from hetero_attn.profile import load_profile
+from hetero_attn.registry import linear_backend
+
+TILES = (2, 4, 8)
+
+
+def measure(features: int, hidden: int, rows: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """One rank's part; the same facts on every rank. features: of both ranks together."""
+    profile = load_profile("cpu")
+    with init_communicator(profile) as communicator:
+        own = range(features // communicator.world_size)
+        layer = RowParallelLinear(communicator, "o_proj", features, hidden, own, site="o_proj", dtype=torch.float32, device="cpu")
+        layer.linear = communicator.linear = linear_backend(profile).linear
+        torch.nn.init.normal_(layer.weight, std=features**-0.5)
+        return [each for count in rows for each in _cell(layer, torch.randn(count, len(own)), rounds)]
+
+
+def _cell(layer: RowParallelLinear, x: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
+    communicator, count = layer.communicator, x.shape[0]
+    summand = torch.randn(count, layer.out_features)
+    calls: dict[str, Callable[[], Any]] = {
+        "product": lambda: layer.partial(x), "sum": lambda: communicator.all_reduce(summand, site="o_proj"), "plain": lambda: layer(x),
+    }
+    product_s, sum_s = (_slowest(communicator, calls[name]) for name in ("product", "sum"))
+    cuts = {tiles: Cut.at(count, (), [split_tiles(count, tiles, product_s, sum_s, alignment=8)]) for tiles in TILES}
+    for tiles, cut in cuts.items():
+        calls[f"{tiles}"] = lambda cut=cut: tiled_linear(layer, x, cut.tiles[0])
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name in calls if number % 2 else reversed(calls):
+            seconds = _slowest(communicator, calls[name])
+            if number:
+                times[name].append(seconds)
+    middle = {name: median(own) for name, own in times.items()}
+    least = min(middle["product"], middle["sum"])
+    return [{
+        "rows": count, "tiles": tiles, "cut": str(cut), "product_s": middle["product"], "sum_s": middle["sum"], "plain_s": middle["plain"],
+        "tiled_s": middle[f"{tiles}"], "hidden": (middle["plain"] - middle[f"{tiles}"]) / (least * (1 - 1 / len(cut.tiles[0]))),
+    } for tiles, cut in cuts.items()]
+
+
+def _slowest(communicator, call: Callable[[], Any]) -> float:
+    communicator.barrier(site="bench")
+    began = time.perf_counter()
+    call()
+    own = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+    return communicator.all_gather(own, sizes=[1] * communicator.world_size, site="bench").max().item()

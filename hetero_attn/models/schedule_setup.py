@@ -1,0 +1,105 @@
+"""From a profile to a loaded model's schedule: what rank 0 says, what must be measured first, and the same object on every rank.
+
+Profiles may differ between ranks and a cut must not, so rank 0's settings go to all. `auto` needs costs: the overlay's, which
+`hetero-attn tune --schedule` wrote, or a second's measurement when the model is loaded, where something can be gained at all: between
+hosts, or on devices. Ranks that share a host's processors have none to spare for a transfer, and stay plain; so do models whose weights
+are streamed, which every part of the rows would load anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from hetero_attn.collectives.choice import PLAIN, Route, Table
+from hetero_attn.collectives.tuning import gather_hosts, share_json
+from hetero_attn.communicator import Communicator
+from hetero_attn.models.schedule_measure import QUICK_ROWS, measure_costs
+from hetero_attn.parallel.schedule_choice import Auto, Places, Plain, Schedule, Tiled, Weave
+from hetero_attn.parallel.schedule_cost import Costs, from_settings
+from hetero_attn.parallel.schedule_cut import ProductTiles
+from hetero_attn.profile import DeviceProfile
+from hetero_attn.profile_overlap import MOST_PARTS
+
+
+def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
+    """The schedule of a loaded decoder. All ranks call this together. Raises ValueError for damaged costs in rank 0's overlay."""
+    communicator = decoder.communicator
+    if communicator.world_size == 1:
+        return Schedule()
+    overlap = profile.overlap
+    own = {"schedule": profile.schedule, "codec": profile.codec, "places": asdict(places_of(decoder, profile)), "tiles": overlap.tiles,
+           "parts": overlap.parts and min(overlap.parts, MOST_PARTS), "measured": overlap.measured, "pair_ns": overlap.pair_ns,
+           "efficiency": overlap.efficiency}
+    asked = share_json(communicator, own)
+    if streams(decoder):
+        asked["schedule"] = "plain"
+    costs = from_settings(asked["measured"], asked["pair_ns"], asked["efficiency"])
+    routes = codec_routes(communicator, asked["codec"])
+    if costs is None and asked["schedule"] == "auto" and worth_measuring(communicator):
+        costs = measure_costs(decoder, QUICK_ROWS, use_codec=routes)
+    return schedule_of(asked, costs, routes)
+
+
+def streams(decoder) -> bool:
+    """Whether any rank's weights come from the disk, the same answer on all: a part of the rows would then load every weight once more."""
+    own = torch.tensor([decoder.window is not None], dtype=torch.uint8)
+    return bool(decoder.communicator.all_gather(own, sizes=[1] * decoder.communicator.world_size, site="load_model").any())
+
+
+def schedule_of(asked: dict[str, Any], costs: Costs | None, coder: Callable[[bool], None] | None = None) -> Schedule:
+    """The schedule of agreed settings: schedule, places, parts, tiles."""
+    tiles = asked["places"]["tiles"]
+    places = Places(**asked["places"] | {"tiles": ProductTiles(**tiles) if tiles else None, "widths": tuple(asked["places"]["widths"])})
+    name, parts = asked["schedule"], asked["parts"]
+    if name == "weave":
+        return Weave(places, parts, costs)
+    if name == "tiled":
+        return Tiled(places, asked["tiles"], costs)
+    if name == "auto" and costs is not None:
+        return Auto(places, costs, parts, asked["tiles"], coder)
+    return Plain(places)
+
+
+def places_of(decoder, profile: DeviceProfile) -> Places:
+    """What the planner knows of this rank's part of the model on the profile's device."""
+    overlap, hardware, config = profile.overlap, profile.hardware, decoder.config
+    tiles = None
+    if overlap.tile_shape and hardware.units:
+        tiles = ProductTiles(*overlap.tile_shape, max(hardware.units - overlap.communication_units, 1))
+    alignment = overlap.row_alignment or (overlap.tile_shape or hardware.matrix_shape or (1,))[0]
+    layer = decoder.layers[0]
+    widths = [sum(layer.attention.qkv_proj.sizes), config.hidden_size, 2 * len(decoder.partition.ffn), config.hidden_size]
+    return Places(overlap.shard_tokens, overlap.min_tokens_moe if config.experts else overlap.min_tokens, alignment, tiles, tuple(widths))
+
+
+def worth_measuring(communicator: Communicator) -> bool:
+    """Whether a transfer leaves the processors alone: it goes to another host, or devices do it. The same answer on every rank."""
+    on_device = torch.tensor([communicator.device.type != "cpu"])
+    return bool(communicator.all_gather(on_device, sizes=[1] * communicator.world_size).all()) or len(set(gather_hosts(communicator))) > 1
+
+
+def codec_routes(communicator: Communicator, codec: str) -> CodecRoutes | None:
+    """How to send exactly or coded, where rank 0's profile leaves that open (codec 'auto') and the link would gain by a codec."""
+    base = communicator if communicator.base is None else communicator.base
+    choice = getattr(base, "choice", None)
+    if codec != "auto" or not isinstance(choice, Table):
+        return None
+    if all(route.codec == PLAIN for sizes in choice.rows.values() for route in sizes.values()):
+        return None
+    return CodecRoutes(base, choice)
+
+
+class CodecRoutes:
+    """Switches a group's communicator, on all ranks together, between its choice of routes as it is and the same without codecs."""
+
+    def __init__(self, base: Communicator, coded: Table) -> None:
+        self._base, self._coded = base, coded
+        self._exact = Table({key: {size: Route(route.algorithm) for size, route in sizes.items()} for key, sizes in coded.rows.items()})
+
+    def __call__(self, coded: bool) -> None:
+        """Sums are coded from now on, or exact."""
+        self._base.choice = self._coded if coded else self._exact

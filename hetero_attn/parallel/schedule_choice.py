@@ -1,0 +1,168 @@
+"""Which cut a step gets: the profile's `schedule` as an object, asked once a step with what every rank knows of it, the lengths.
+
+Ranks must come to the same cut, so a schedule is made of numbers that all of them share (agreed when the model is loaded) and decides
+without looking at anything else. None means that the step is too short for the residual to be sharded: layer after layer, fewest messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hetero_attn.parallel.schedule_cost import CODED_SUM, MLP, Costs
+from hetero_attn.parallel.schedule_cut import ProductTiles, split_rows, split_tiles
+from hetero_attn.parallel.schedule_order import PRODUCT, SUM, Cut
+from hetero_attn.profile_overlap import MOST_PARTS
+
+TILES = (2, 3, 4, 6, 8, 12)                          # numbers of tiles that are considered
+WORTH = 0.03                                         # a cut is taken if it is expected to save so much: the model is no better than that
+REMEMBERED = 512
+
+
+class Schedule:
+    """The base, and the choice for a world of one: nothing is ever cut."""
+
+    name = "whole"
+
+    def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
+        """The cut of a step of counts[i] new tokens of sequences that have lengths[i] keys then; None = residual on every rank, no cut."""
+        return None
+
+
+class Given(Schedule):
+    """The same places for every step, whatever they are good for: for tests and measurements.
+
+    boundaries: rows where parts begin; tiles: rows where parts are cut further. Those beyond a step's end are left out.
+    """
+
+    name = "given"
+
+    def __init__(self, boundaries: Sequence[int] = (), tiles: Sequence[int] = ()) -> None:
+        self.boundaries, self.tiles = sorted(set(boundaries)), sorted(set(tiles) - set(boundaries))
+
+    def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
+        total = sum(counts)
+        ends = [0, *(row for row in self.boundaries if 0 < row < total), total]
+        inside = [[row for row in self.tiles if begin < row < end] for begin, end in pairwise(ends)]
+        return Cut.at(total, ends[1:-1], inside)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the planner knows: thresholds in tokens, the alignment and the product's tiles, and a layer's product widths."""
+
+    shard_tokens: int
+    min_tokens: int
+    alignment: int = 1
+    tiles: ProductTiles | None = None
+    widths: tuple[int, ...] = ()
+
+    def weave(self, total: int, parts: int) -> Cut:
+        """`parts` parts, or fewer where there are not enough rows."""
+        return Cut.at(total, split_rows(total, parts, alignment=self.alignment, widths=self.widths, tiles=self.tiles))
+
+    def tiled(self, total: int, tiles: int, costs: Costs | None = None) -> Cut:
+        """One part of `tiles` tiles, long and short by the MLP's product and sum; equal ones where their costs are unknown."""
+        product_s, sum_s = (costs.pieces[f"{MLP}_{PRODUCT}"](total), costs.pieces[SUM](total)) if costs else (1.0, 1.0)
+        return Cut.at(total, (), [split_tiles(total, tiles, product_s, sum_s, alignment=self.alignment)])
+
+
+class Plain(Schedule):
+    """One sum after the other, the residual sharded by rows from places.shard_tokens on."""
+
+    name = "plain"
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+
+    def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
+        total = sum(counts)
+        return Cut.at(total) if total >= self.places.shard_tokens else None
+
+
+class Weave(Plain):
+    """In parts from places.min_tokens on; `parts` of them, or what the costs like best. Without costs two."""
+
+    name = "weave"
+
+    def __init__(self, places: Places, parts: int | None = None, costs: Costs | None = None) -> None:
+        super().__init__(places)
+        self.parts, self.costs = parts, costs
+
+    def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
+        total = sum(counts)
+        if total < self.places.min_tokens:
+            return super().cut(counts, lengths)
+        numbers = [self.parts or 2] if self.parts or not self.costs else range(2, MOST_PARTS + 1)
+        return _least([self.places.weave(total, parts) for parts in numbers], counts, lengths, self.costs)
+
+
+class Tiled(Plain):
+    """Every row-parallel product in tiles from places.min_tokens on; `tiles` of them, or what the costs like best. Without costs four."""
+
+    name = "tiled"
+
+    def __init__(self, places: Places, tiles: int | None = None, costs: Costs | None = None) -> None:
+        super().__init__(places)
+        self.tiles, self.costs = tiles, costs
+
+    def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
+        total = sum(counts)
+        if total < self.places.min_tokens:
+            return super().cut(counts, lengths)
+        numbers = [self.tiles or 4] if self.tiles or not self.costs else TILES
+        return _least([self.places.tiled(total, tiles, self.costs) for tiles in numbers], counts, lengths, self.costs)
+
+
+class Auto(Plain):
+    """What costs least by the costs: plain, a weave or tiles, exact sums or coded ones where there is such a choice.
+
+    parts, tiles: fixed numbers, None = any. use_codec: called at every step with whether this step's sums are to be coded, where the costs
+    have CODED_SUM; a coded sum is lossy and is taken only if it saves WORTH of the step.
+    """
+
+    name = "auto"
+
+    def __init__(self, places: Places, costs: Costs, parts: int | None = None, tiles: int | None = None,
+                 use_codec: Callable[[bool], None] | None = None) -> None:
+        super().__init__(places)
+        self.costs, self.parts, self.tiles, self.use_codec = costs, parts, tiles, use_codec
+        self._chosen: dict[tuple, tuple[Cut | None, bool]] = {}
+
+    def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
+        key = tuple(counts), tuple(lengths)
+        if key not in self._chosen:
+            if len(self._chosen) >= REMEMBERED:
+                self._chosen.clear()
+            self._chosen[key] = self.choose(*key)
+        cut, coded = self._chosen[key]
+        if self.use_codec is not None:
+            self.use_codec(coded)
+        return cut
+
+    def choose(self, counts: Sequence[int], lengths: Sequence[int]) -> tuple[Cut | None, bool]:
+        """(cut, whether sums are coded) of a step. A plainer choice stands unless another saves WORTH of it."""
+        total, plain = sum(counts), super().cut(counts, lengths)
+        choices = [(plain or Cut.at(total), False)]
+        if total >= self.places.min_tokens:
+            choices += [(self.places.weave(total, parts), False) for parts in ([self.parts] if self.parts else range(2, MOST_PARTS + 1))]
+            choices += [(self.places.tiled(total, tiles, self.costs), False) for tiles in ([self.tiles] if self.tiles else TILES)]
+        if self.use_codec is not None and CODED_SUM in self.costs.pieces:
+            choices += [(cut, True) for cut, _ in choices]
+        seconds = [self.costs.seconds(cut, counts, lengths, coded=coded) for cut, coded in choices]
+        best = 0
+        for coded in (False, True):
+            own = [place for place, choice in enumerate(choices) if choice[1] == coded]
+            nearest = min(own, key=seconds.__getitem__, default=best)
+            if seconds[nearest] < (1 - WORTH) * seconds[best]:
+                best = nearest
+        cut, coded = choices[best]
+        return (plain, coded) if cut == choices[0][0] else (cut, coded)
+
+
+def _least(cuts: Sequence[Cut], counts: Sequence[int], lengths: Sequence[int], costs: Costs | None) -> Cut:
+    """Of several the one that costs least; the first where there are no costs to tell."""
+    if costs is None or len(cuts) == 1:
+        return cuts[0]
+    return min(cuts, key=lambda cut: costs.seconds(cut, counts, lengths))

@@ -1,0 +1,109 @@
+"""What a step's tasks cost: a layer's pieces and its sums at a few numbers of rows, measured, and what lies between.
+
+Numbers are the slowest rank's, the same on all. A piece's time is taken to run straight between the points; attention adds a cost for every
+query and key that see each other, so that a late part of a long sequence is known to be dearer than an early one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, SUM, Cut, Task, Timeline, simulate
+
+ATTENTION, MLP = "attention", "mlp"
+KINDS = (ATTENTION, MLP)                             # of a layer's blocks, in order
+PIECES = tuple(f"{kind}_{piece}" for kind in KINDS for piece in (INNER, PRODUCT))
+CODED_SUM = "coded_sum"                              # a sum by the lossy codec that the link would gain by
+SIMULATED_LAYERS = 4                                 # the pattern repeats: more layers tell no more
+
+
+class Curve:
+    """Seconds against rows: straight between measured points, in proportion beyond the last, no less than the first below it."""
+
+    def __init__(self, points: Iterable[tuple[int, float]]) -> None:
+        self.points = sorted(points)
+        self._rows = [rows for rows, _ in self.points]
+        if not self.points:
+            raise ValueError("a curve needs a measured point, got none")
+
+    def __call__(self, rows: int) -> float:
+        at = bisect_left(self._rows, rows)
+        if at == 0:
+            return self.points[0][1]
+        left, low = self.points[at - 1]
+        if at == len(self.points):
+            return low * rows / left
+        right, high = self.points[at]
+        return low + (high - low) * (rows - left) / (right - left)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """pieces: name of PIECES, SUM or CODED_SUM -> its Curve. pair_s: seconds of attention for a query and a key that it sees.
+    efficiency: the part of a simulated gain over plain that the clock has seen; what lacks to 1 is processor time that both lanes want."""
+
+    pieces: Mapping[str, Curve]
+    pair_s: float = 0.0
+    efficiency: float = 1.0
+
+    def of(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], *, coded: bool = False) -> Callable[[Task], float]:
+        """How long each task of a cut takes, for simulate()."""
+        pairs = [seen_pairs(rows, counts, lengths) for rows in cut.parts]
+
+        def seconds(task: Task) -> float:
+            if task.kind == EMBED:                   # an all-reduce moves as much as a sum with its norm
+                return self.pieces[SUM](len(cut.parts[task.part]))
+            if task.kind == SUM:
+                return self.pieces[CODED_SUM if coded else SUM](len(cut.tiles[task.part][task.tile]))
+            kind = KINDS[task.block % 2]
+            if task.kind == PRODUCT:
+                # A tile's product by itself; of a part that is one tile the curve has it as it is.
+                return self.pieces[f"{kind}_{PRODUCT}"](len(cut.tiles[task.part][task.tile]))
+            own = self.pieces[f"{kind}_{INNER}"](len(cut.parts[task.part]))
+            return own + (self.pair_s * pairs[task.part] if kind == ATTENTION else 0.0)
+
+        return seconds
+
+    def simulated(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
+                  ) -> Timeline:
+        """The step by this cut, on the cost model's clock."""
+        return simulate(2 * layers, cut, self.of(cut, counts, lengths, coded=coded))
+
+    def seconds(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
+                ) -> float:
+        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain."""
+        plain = self.simulated(Cut.at(cut.total), counts, lengths, layers, coded=coded).seconds
+        gain = plain - self.simulated(cut, counts, lengths, layers, coded=coded).seconds
+        return plain - (self.efficiency * gain if gain > 0 else gain)
+
+    def settings(self) -> list[str]:
+        """As the profile's overlap.measured holds them: 'what rows milliseconds'."""
+        return [f"{name} {rows} {seconds * 1e3:.4g}" for name, curve in self.pieces.items() for rows, seconds in curve.points]
+
+
+def from_settings(measured: Iterable[str], pair_ns: float | None, efficiency: float | None = None) -> Costs | None:
+    """The costs that settings() wrote; None where a piece is missing. Raises ValueError for a name that is none."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for text in measured:
+        name, rows, milliseconds = text.split()
+        if name not in (*PIECES, SUM, CODED_SUM):
+            raise ValueError(f"overlap.measured has {name!r}, expected one of {', '.join((*PIECES, SUM, CODED_SUM))}")
+        points.setdefault(name, []).append((int(rows), float(milliseconds) * 1e-3))
+    if any(name not in points for name in (*PIECES, SUM)):
+        return None
+    return Costs({name: Curve(own) for name, own in points.items()}, (pair_ns or 0.0) * 1e-9,
+                 1.0 if efficiency is None else min(efficiency, 1.0))
+
+
+def seen_pairs(rows: range, counts: Sequence[int], lengths: Sequence[int]) -> int:
+    """How many (query, key) pairs causal attention looks at for these rows of a step of counts[i] new tokens and lengths[i] keys each."""
+    total, begin = 0, 0
+    for count, length in zip(counts, lengths):
+        first, last = max(begin, rows.start), min(begin + count, rows.stop)
+        if first < last:
+            low = length - count + first - begin + 1                        # keys that the first row sees
+            total += (last - first) * (2 * low + last - first - 1) // 2
+        begin += count
+    return total

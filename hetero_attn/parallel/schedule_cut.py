@@ -1,0 +1,77 @@
+"""Where to cut: TokenWeave's parts by the wave formula, FastAttention's long and short tiles by which lane is the longer one.
+
+A matrix product of M rows and N columns runs in waves of tiles over the units that communication leaves it. Two halves must not need more
+waves than the whole, or the cut costs what it wins. Pure Python; every rank finds the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+REACH = 8                                            # steps of the alignment that a boundary may move to either side
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """How a device's matrix product is cut: tiles of rows x columns, over `units` at a time."""
+
+    rows: int
+    columns: int
+    units: int
+
+    def waves(self, m: int, n: int) -> int:
+        """Turns of all units for a product of m rows and n columns: ceil(ceil(m/rows) ceil(n/columns) / units)."""
+        return math.ceil(math.ceil(m / self.rows) * math.ceil(n / self.columns) / self.units)
+
+
+def split_rows(total: int, parts: int, *, alignment: int = 1, widths: Sequence[int] = (), tiles: ProductTiles | None = None) -> list[int]:
+    """Rows of `total` where up to `parts` - 1 further parts begin: multiples of the alignment with the fewest waves in all, and of those
+    the ones nearest to even.
+
+    widths: the columns N of every product of a layer; without them and `tiles` only evenness counts. Fewer parts come back where there
+    are not enough aligned rows for all.
+    """
+    if total < 0 or parts < 1 or alignment < 1:
+        raise ValueError(f"split_rows: total {total}, parts {parts}, alignment {alignment}: expected at least 0, 1 and 1")
+    parts = max(1, min(parts, total // alignment))
+    known: dict[int, int] = {}
+
+    def waves(rows: int) -> int:
+        if tiles is None:
+            return 0
+        if rows not in known:
+            known[rows] = sum(tiles.waves(rows, width) for width in widths)
+        return known[rows]
+
+    # ways to the row -> (waves so far, unevenness so far, boundaries)
+    ways: dict[int, tuple[int, float, list[int]]] = {0: (0, 0.0, [])}
+    for part in range(1, parts):
+        even = part * total / parts
+        middle = round(even / alignment)
+        places = [step * alignment for step in range(middle - REACH, middle + REACH + 1) if 0 < step * alignment < total]
+        ways = {
+            place: min((cost + waves(place - begin), off + abs(place - even), [*before, place])
+                       for begin, (cost, off, before) in ways.items() if begin < place)
+            for place in places if any(begin < place for begin in ways)
+        }
+    return min((cost + waves(total - begin), off, before) for begin, (cost, off, before) in ways.items())[2]
+
+
+def split_tiles(total: int, tiles: int, product_s: float, sum_s: float, *, alignment: int = 1) -> list[int]:
+    """Rows of `total` where up to `tiles` - 1 further tiles begin: equal long ones and one short one.
+
+    product_s, sum_s: seconds of the whole product and of the whole sum. Where the product is longer the short tile comes last, so that
+    little is left to be summed after the last product; where the sum is longer it comes first, so that summing begins early. The short
+    tile is min/max of the two times as long as the others: then neither lane waits in between, and at most 1/tiles of the
+    shorter one shows.
+    """
+    tiles = max(1, min(tiles, total // alignment))
+    if tiles == 1:
+        return []
+    ratio = min(product_s, sum_s) / max(product_s, sum_s) if max(product_s, sum_s) > 0 else 1.0
+    long = math.ceil(total / (tiles - 1 + ratio) / alignment) * alignment
+    tiles = min(tiles, math.ceil(total / long))                             # rounded up, fewer may do
+    first = total - (tiles - 1) * long if sum_s > product_s else long
+    return [first + tile * long for tile in range(tiles - 1)]

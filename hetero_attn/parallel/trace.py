@@ -1,0 +1,167 @@
+"""What ran when: a recorder that a schedule tells of its tasks, and the Chrome trace of all ranks that is made of it.
+
+The file opens in chrome://tracing or ui.perfetto.dev: one process a rank, a compute lane and a communication lane in each, and one colour a
+kind of task. Times are each host's monotonic clock, counted from a moment that the ranks meet at; on one host that is one clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hetero_attn.communicator import Communicator
+from hetero_attn.parallel.schedule_order import COMMUNICATION, COMPUTE
+
+LANES = (COMPUTE, COMMUNICATION)
+SITE = "trace"
+
+
+class Event(NamedTuple):
+    """A task that ran. begin, end: seconds since the recorder began; rows: tokens; part: of the step's cut."""
+
+    lane: str
+    name: str
+    begin: float
+    end: float
+    rows: int
+    part: int
+
+
+class Recorder:
+    """Takes down one rank's tasks. On a device the lanes are timed by its own events, read when events() is asked for."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._events: list[Event] = []
+        self._pending: list[tuple[str, str, Any, Any, int, int]] = []       # lane, name, device events, rows, part
+        self._helper: Any = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was taken down; times count from now."""
+        self._events, self._pending = [], []
+        self._zero = time.perf_counter()
+        self._zero_mark = self._mark()
+
+    def events(self) -> list[Event]:
+        """Everything so far, in the order in which it began. On a device, waits for what is under way."""
+        if self._pending:
+            torch.get_device_module(self.device).synchronize()
+        last = 0.0
+        for lane, name, first, final, rows, part in self._pending:
+            begin, end = (self._zero_mark.elapsed_time(mark) * 1e-3 for mark in (first, final))
+            if lane == COMMUNICATION:                # begins when it is ready and the one before it is done
+                begin, last = max(begin, last), end
+            self._events.append(Event(lane, name, begin, end, rows, part))
+        self._pending = []
+        return sorted(self._events, key=lambda event: event.begin)
+
+    @contextmanager
+    def compute(self, name: str, rows: int, part: int = 0):
+        """The block is a task of the compute lane."""
+        if self.device.type != "cpu":
+            first = self._mark()
+            yield
+            self._pending.append((COMPUTE, name, first, self._mark(), rows, part))
+            return
+        began = time.perf_counter()
+        yield
+        self._keep(COMPUTE, name, began, rows, part)
+
+    def start(
+        self, communicator: Communicator, name: str, rows: int, part: int, operation: str, arguments: Sequence[Any], options: dict[str, Any]
+    ) -> Callable[[], Any]:
+        """Begin an operation of the communicator, to be taken down when it runs -> what waits for its result."""
+        if self.device.type != "cpu":
+            return self._on_device(communicator.start(operation, *arguments, **options), name, rows, part)
+
+        def timed() -> Any:
+            return self.call(communicator, name, rows, part, operation, arguments, options)
+
+        return communicator.in_background(timed).wait
+
+    def call(
+        self, communicator: Communicator, name: str, rows: int, part: int, operation: str, arguments: Sequence[Any], options: dict[str, Any]
+    ) -> Any:
+        """Do an operation of the communicator now, and take it down -> its result."""
+        if self.device.type != "cpu":
+            return self._on_device(communicator.start(operation, *arguments, **options), name, rows, part)()
+        began = time.perf_counter()
+        result = getattr(communicator, operation)(*arguments, **options)
+        self._keep(COMMUNICATION, name, began, rows, part)
+        return result
+
+    def _on_device(self, handle: Any, name: str, rows: int, part: int) -> Callable[[], Any]:
+        """Mark when the handle's stream is through, on a stream that does nothing but wait for it."""
+        module = torch.get_device_module(self.device)
+        first = self._mark()
+        self._helper = self._helper or module.Stream(device=self.device)
+        with module.stream(self._helper):
+            handle.wait()
+            final = self._mark()
+        self._pending.append((COMMUNICATION, name, first, final, rows, part))
+        return handle.wait
+
+    def _keep(self, lane: str, name: str, began: float, rows: int, part: int) -> None:
+        self._events.append(Event(lane, name, began - self._zero, time.perf_counter() - self._zero, rows, part))
+
+    def _mark(self) -> Any:
+        if self.device.type == "cpu":
+            return None
+        module = torch.get_device_module(self.device)
+        mark = module.Event(enable_timing=True)
+        mark.record(module.current_stream())
+        return mark
+
+
+def meet(recorder: Recorder, communicator: Communicator) -> None:
+    """All ranks begin to count here."""
+    communicator.barrier(site=SITE)
+    recorder.begin()
+
+
+def gather_events(recorder: Recorder, communicator: Communicator) -> list[list[Event]]:
+    """Every rank's events, in rank order, on every rank. All ranks call this together."""
+    own = torch.tensor(list(json.dumps(recorder.events()).encode()), dtype=torch.uint8)
+    sizes = communicator.all_gather(torch.tensor([own.numel()]), sizes=[1] * communicator.world_size, site=SITE).tolist()
+    texts = communicator.all_gather(own, sizes=sizes, site=SITE).split(sizes)
+    return [[Event(*each) for each in json.loads(bytes(text.tolist()))] for text in texts]
+
+
+def chrome_trace(ranks: Sequence[Sequence[Event]]) -> dict[str, Any]:
+    """The trace as an object of Chrome's format: complete events ("X"), microseconds."""
+    found: list[dict[str, Any]] = []
+    for rank, events in enumerate(ranks):
+        found.append({"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
+        for place, lane in enumerate(LANES):
+            found.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": place, "args": {"name": lane}})
+            found.append({"ph": "M", "name": "thread_sort_index", "pid": rank, "tid": place, "args": {"sort_index": place}})
+        for event in events:
+            found.append({
+                "ph": "X", "cat": event.lane, "name": event.name, "pid": rank, "tid": LANES.index(event.lane),
+                "ts": round(event.begin * 1e6, 1), "dur": round((event.end - event.begin) * 1e6, 1),
+                "args": {"rows": event.rows, "part": event.part},
+            })
+    return {"traceEvents": found, "displayTimeUnit": "ms"}
+
+
+def write_trace(path: str | os.PathLike, ranks: Sequence[Sequence[Event]]) -> None:
+    """Write the Chrome trace of all ranks to `path`, whole or not at all. Raises OSError."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(chrome_trace(ranks), file)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

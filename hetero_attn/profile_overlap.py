@@ -1,0 +1,38 @@
+"""How a decoder's steps are scheduled on a device: the profile's section `overlap`, thresholds and what `tune --schedule` measured.
+
+The thresholds are TokenWeave's where nobody has measured better: a split reads every weight once more, and a short step does not get that
+back. Tile sizes are the matrix product's own; without them parts are only aligned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetero_attn.profile_fields import check_fields, setting
+
+MOST_PARTS = 4
+COST = {"pattern": r"[a-z_]+ [0-9]+ [0-9.e+-]+", "form": "what, rows, milliseconds"}
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Where to cut a step. Raises ProfileError for a value out of bounds."""
+
+    parts: int | None = setting("Parts of a weave, at most 4; null = what the cost model likes, else 2", default=None, minimum=2)
+    tiles: int | None = setting("Tiles of a tiled all-reduce; null = what the cost model likes, else 4", default=None, minimum=2)
+    shard_tokens: int = setting("Fewest tokens of a step whose residual is sharded by rows; below, each rank norms all rows and a sum is "
+                                "one message sooner done", default=64, minimum=1)
+    min_tokens: int = setting("Fewest tokens of a step of a dense model that is cut", default=1024, minimum=2)
+    min_tokens_moe: int = setting("The same of a mixture of experts", default=2048, minimum=2)
+    row_alignment: int | None = setting("Parts begin at multiples of so many rows; null = tile_shape's, else the matrix step's",
+                                        default=None, minimum=1)
+    tile_shape: tuple[int, int] | None = setting("Rows and columns of one tile of the matrix product, for the count of waves", default=None,
+                                                 minimum=1)
+    communication_units: int = setting("Units (of hardware.units) that communication keeps from the matrix product", default=0, minimum=0)
+    pair_ns: float | None = setting("Attention of one layer and rank for a query and a key it sees, nanoseconds", default=None, minimum=0)
+    efficiency: float | None = setting("How much of a cut's expected gain is real, 0 to 1: less where computing and communicating want "
+                                       "the same processor; null = all", default=None, minimum=0)
+    measured: tuple[str, ...] = setting("What a layer's pieces and sums took", default=(), **COST)
+
+    def __post_init__(self):
+        check_fields(self)

@@ -1,0 +1,48 @@
+"""benchmarks/overlap.py: its arithmetic on made-up times, and one small run of the real thing over shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from overlap.report import Cell, verdicts  # noqa: E402
+
+
+def cell(no_comm, plain, weave, auto, counts=(512,)):
+    seconds = {"no comm": [no_comm] * 5, "plain": [plain] * 5, "weave 2": [weave] * 5, "auto": [auto] * 5}
+    simulated = {"no comm": no_comm, "plain": plain, "weave 2": no_comm}
+    return Cell("300 Mbit/s", "m", counts, {name: "-" for name in seconds}, seconds, simulated)
+
+
+def test_hidden_is_of_the_shorter_lane():
+    assert cell(6, 10, 7, 7).hidden("weave 2") == pytest.approx(0.75) and cell(6, 10, 7, 7).share == pytest.approx(0.4)
+    assert cell(2, 10, 9, 9).hidden("weave 2") == pytest.approx(0.5)                   # of 2 s of computing, not of 8 s of transfer
+    assert cell(6, 10, 7, 7).reachable("weave 2") == pytest.approx(1)
+
+
+@pytest.mark.parametrize("made, fails", [
+    (cell(6.5, 10, 7, 7), []), (cell(6.5, 10, 7.9, 7.9), ["hides 60%"]), (cell(5, 10, 6.9, 6.9), []),
+    (cell(5, 10, 7.2, 7.2), ["hides 56%"]), (cell(6.5, 10, 7, 7.3), ["auto"]),
+    (cell(9, 10, 9.5, 9.5), ["largest gain"]), (cell(9, 10, 9.5, 9.5, (1, 512)), []),
+])
+def test_what_is_asked_fails_where_it_should(made, fails):
+    found = [line.text for line in verdicts([made]) if not line.passed]
+    assert len(found) == len(fails) and all(words in text for words, text in zip(fails, found)), found
+
+
+@pytest.mark.ranks
+def test_a_small_run_over_shared_memory(tmp_path):
+    words = ["--links", "shared memory", "--tokens", "64", "--hidden", "64", "--ffn", "128", "--layers", "2", "--rounds", "1", "--mixed",
+             "--tiled", "32", "--trace", "--keep", tmp_path / "kept.json"]
+    done = subprocess.run([sys.executable, "benchmarks/overlap.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=200, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}"})
+    assert done.returncode in (0, 1), done.stderr                   # 1: a line of speed, which a model so small does not keep
+    assert "| shared memory | 64/128 x 2 float32 | 64 |" in done.stdout and "512 + 4 decoding" in done.stdout
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert len(kept["cells"]) == 2 and kept["tiled"] and kept["cells"][0]["trace"][1]
