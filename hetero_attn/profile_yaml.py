@@ -119,19 +119,19 @@ def _nearest_choice(leaf: Leaf, value: Any) -> str:
 
 
 def unknown_key(path: str, known: Iterable[str]) -> str:
-    """'unknown key hardware.memry_gib; did you mean memory_gib?': the nearest name beside it, else the same name elsewhere, else all."""
+    """'unknown key hardware.memry_gib; did you mean memory_gib?': the same name elsewhere, else the nearest beside it, else elsewhere."""
     known = list(known)
     prefix, _, name = path.rpartition(".")
     prefix = prefix + "." if prefix else ""
     beside = list(dict.fromkeys(k[len(prefix):].split(".")[0] for k in known if k.startswith(prefix)))
     close = difflib.get_close_matches(name, beside, n=1)
-    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
-    if not elsewhere:
+    elsewhere = exact = [k for k in known if k.rpartition(".")[2] == name]
+    if not exact:
         nearest = difflib.get_close_matches(name, [k.rpartition(".")[2] for k in known], n=1)
         elsewhere = [k for k in known if nearest and k.rpartition(".")[2] == nearest[0]]
     if any(k.startswith(path + ".") for k in known):
         return f"{path} is a section, expected one of its keys: {_under(path, known)}"
-    if close:
+    if close and not exact:
         return f"unknown key {path}; did you mean {close[0]}?"
     if elsewhere:
         return f"unknown key {path}; did you mean {elsewhere[0]}?"
