@@ -39,6 +39,7 @@ def _cell(layer: RowParallelLinear, x: torch.Tensor, rounds: int) -> list[dict[s
     }
     product_s, sum_s = (_slowest(communicator, calls[name]) for name in ("product", "sum"))
     cuts = {tiles: Cut.at(count, (), [split_tiles(count, tiles, product_s, sum_s, alignment=8)]) for tiles in TILES}
+    cuts = {tiles: cut for tiles, cut in cuts.items() if cut.overlaps}         # few rows, or one lane much the longer: nothing to cut
     for tiles, cut in cuts.items():
         calls[f"{tiles}"] = lambda cut=cut: tiled_linear(layer, x, cut.tiles[0])
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -21,7 +21,7 @@ def draw(stem: Path, title: str, cells: Sequence[Cell], raw: Sequence[dict[str, 
     traced = [each for each in raw if each.get("trace")]
     if traced:
         pictures["trace"] = trace(traced[-1]["trace"], f"{traced[-1]['link']}, {sum(traced[-1]['counts'])} tokens, {traced[-1]['label']}, "
-                                                       f"cut {traced[-1]['cuts']['auto']}")
+                                                       f"cut {traced[-1]['cuts'].get('auto')}")
     names = []
     for name, figure in pictures.items():
         figure.suptitle(title, fontsize=8)
