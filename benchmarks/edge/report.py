@@ -51,7 +51,7 @@ def markdown(results: dict, plot: str | None) -> str:
              "one thread a rank. The limit is the slower of the disk alone (the same reads, nobody multiplying, all ranks at once) and "
              "computation with communication.", ""]
     lines += [f"- {'pass' if passed else 'FAIL'}: {text}" for text, passed in verdicts(results)] + [""]
-    if plot:
+    if plot and "ablation" in results:
         lines += [f"![token time by window, and memory]({plot})", ""]
     if "main" in results:
         lines += [f"## {results['main']['model']}, {len(results['main']['ranks'])} ranks", "", *_table(results["main"]["ranks"]), ""]
