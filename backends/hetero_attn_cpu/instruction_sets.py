@@ -43,15 +43,15 @@ class InstructionSet:
 _AVX2, _AVX512 = ("avx2", "fma", "f16c"), ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 _AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_ZEN5 = "AMD EPYC family 26 (Zen 5)"
+_ZEN = "AMD EPYC families 25 (Zen 4) and 26 (Zen 5)"
 
 # Best first.
 SETS = (
-    InstructionSet("avx512bf16", X86, (*_AVX2, *_AVX512, "avx512_bf16"), (*_AVX512_FLAGS, "-mavx512bf16"), _ZEN5),
-    InstructionSet("avx512", X86, (*_AVX2, *_AVX512), _AVX512_FLAGS, _ZEN5),
-    InstructionSet("avx2", X86, _AVX2, _AVX2_FLAGS, _ZEN5),
+    InstructionSet("avx512bf16", X86, (*_AVX2, *_AVX512, "avx512_bf16"), (*_AVX512_FLAGS, "-mavx512bf16"), _ZEN),
+    InstructionSet("avx512", X86, (*_AVX2, *_AVX512), _AVX512_FLAGS, _ZEN),
+    InstructionSet("avx2", X86, _AVX2, _AVX2_FLAGS, _ZEN),
     InstructionSet("neon", ARM, ("asimd",), (), None),                 # every 64-bit ARM CPU has it: no flag to give
-    InstructionSet("portable", (), (), ("-DHETERO_ATTN_PORTABLE",), _ZEN5),           # or vec.h would take what the compiler has by default
+    InstructionSet("portable", (), (), ("-DHETERO_ATTN_PORTABLE",), _ZEN),           # or vec.h would take what the compiler has by default
 )
 BY_NAME = {each.name: each for each in SETS}
 
