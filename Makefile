@@ -71,6 +71,7 @@ bench-cpu: $(VENV)/.bench      ## the cpu backend beside its peers and the machi
 
 bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the cost model (6 minutes, accuracy 30 more; BENCH="--without accuracy")
 	$(BIN)/python benchmarks/collectives.py $(BENCH)
+
 bench-overlap: $(VENV)/.bench  ## schedules beside one another on limited links (root only, long; BENCH="--tokens 512 --links '300 Mbit/s'")
 	$(BIN)/python benchmarks/overlap.py --mixed --tiled 512 2048 --trace --write $(BENCH)
 

@@ -55,6 +55,12 @@ def own_cases():
     for D, group in product((1, 24, 64, 100, 128, 256, 511, 512), (1, 4)):
         yield AttentionCase(f"head_dim-{D}", batch=1, q_len=3, kv_len=70, q_heads=group, kv_heads=1, head_dim=D, is_causal=True)
     yield AttentionCase("v_head_dim-512", batch=1, q_len=40, kv_len=70, head_dim=16, v_head_dim=512, is_causal=True)
+    # two fp32 rows are read in pairs of blocks: a key that only one of them sees, at either end, and ranges that are split as well
+    yield AttentionCase("paired-partly-seen", batch=1, q_len=2, kv_len=150, q_heads=1, kv_heads=1, window_size=(148, -1), poison="nan",
+                        lse="always")
+    yield AttentionCase("paired-causal", batch=1, q_len=2, kv_len=150, q_heads=1, kv_heads=1, is_causal=True, poison="nan", lse="always")
+    yield AttentionCase("paired-split", batch=1, q_len=2, kv_len=1300, q_heads=1, kv_heads=1, is_causal=True, window_size=(900, -1),
+                        lse="always")
     for group in (1, 2, 3, 5, 7, 8, 9, 16, 17, 71):
         for q_len in (1, 2, 9):
             yield AttentionCase(f"group-{group}-{q_len}", batch=2, q_len=q_len, kv_len=150, q_heads=group, kv_heads=1, head_dim=64)

@@ -33,7 +33,7 @@ def threads():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("q_len", "kv_len", "heads"), [
-    (1, 3000, (4, 1)), (3, 700, (6, 2)), (300, 300, (4, 2)), (33, 4500, (2, 1))], ids=str)
+    (1, 3000, (4, 1)), (1, 3000, (2, 2)), (3, 700, (6, 2)), (300, 300, (4, 2)), (33, 4500, (2, 1))], ids=str)
 def test_attention_has_the_same_bits(q_len, kv_len, heads, dtype, threads):
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, n, 64, generator=random).to(dtype) for h, n in ((heads[0], q_len), (heads[1], kv_len), (heads[1], kv_len)))

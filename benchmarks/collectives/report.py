@@ -22,7 +22,8 @@ def all_verdicts(results: dict) -> list[Verdict]:
 def markdown(facts: dict, results: dict, skipped: dict[str, str], plots: dict[str, str]) -> str:
     """The whole report. skipped: part -> why it was not run; plots: part -> file name beside it."""
     parts = ["# Collectives, measured", "", headline(facts), "",
-             "Contenders take turns in every round; medians of rounds, the slowest rank's; ranks run under SCHED_BATCH, gloo's too.", ""]
+             "Contenders take turns in every round; medians of rounds, the slowest rank's; ranks run under SCHED_BATCH, gloo's too "
+             "(OpenMPI's run by themselves, under the normal policy).", ""]
     for part, section in (("one_host", _one_host), ("stress", _stress), ("emulated", _emulated), ("payload", _payload),
                           ("accuracy", _accuracy)):
         if part in results:
@@ -103,7 +104,8 @@ def _payload(found) -> list[str]:
         best = found.best_plain(each.ranks)
         lines.append(f"| {each.ranks} | {each.algorithm} | {each.codec} | {_ms(each.seconds)} | {best.seconds / each.seconds:.2f}x | "
                      f"{'-' if each.bits is None else f'{each.bits:.3f}'} | {each.interface_bits:.2f} | {each.error:.2%} |")
-    return [*lines, "", *(f"- `codec: auto` picks {route} for it at {ranks} ranks" for ranks, route in found.auto.items()), ""]
+    picks = [f"- `codec: auto` picks {route} for it at {ranks} ranks, without a calibration" for ranks, route in found.auto.items()]
+    return [*lines, "", *picks, ""]
 
 
 def _accuracy(found) -> list[str]:

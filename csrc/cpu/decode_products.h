@@ -98,14 +98,7 @@ inline __attribute__((always_inline)) void unroll(F f, std::integer_sequence<int
     unroll([&](auto i) __attribute__((always_inline)) { __VA_ARGS__ }, std::make_integer_sequence<int, N>{})
 
 // ---- q · kᵀ ----
-// So few rows of fp32 leave nothing to do but wait for memory, and are read by the processor's own prefetcher (decode.h, attend_paired).
-template <class T, int R> constexpr bool PAIRED = std::is_same<T, float>::value && R <= 2;
-
-// Rows x keys sums, the keys' vectors and one of q fit the registers. Paired keys go one by one, in the order of their addresses: several
-// at once are as many short streams, which a prefetcher follows badly (18.7 against 23.1 GB/s, AMD Zen 4).
-template <class T, int R> constexpr int keys_at_once() {
-    if (PAIRED<T, R>) return 1;
-    constexpr int rows = R;
+constexpr int keys_at_once(int rows) {       // rows x keys sums, the keys' vectors and one of q fit the registers
     if (VECTOR_REGISTERS == 32) return rows <= 6 ? 4 : 2;
     return rows <= 2 ? 4 : rows <= 6 ? 2 : 1;
 }
@@ -133,13 +126,13 @@ inline __attribute__((always_inline)) void dot_chunk(const T* const (&k)[KEYS], 
 // Sums are folded in two stages: those of keys taken together while they are in registers, then vectors of STRIP keys from memory.
 constexpr int folded_at_once(int keys) { return keys < 4 ? keys : 4; }
 
-// scores[r * BLOCK + j] = q[r] · k[j] for j < n. q [chunk][part][row][W]; k has keys_at_once() - 1 valid pointers beyond n (any
+// scores[r * BLOCK + j] = q[r] · k[j] for j < n. q [chunk][part][row][W]; k has KEYS - 1 valid pointers beyond n (any
 // rows); within [CHUNK]: the lanes of the rest's chunk that the full ones do not have; sums [R][STRIP][W] is scratch. beside(j, KEYS) is
 // called before keys [j, j + KEYS): what else is to be read meanwhile.
-template <class T, int R, class Beside>
+template <class T, int R, int KEYS, class Beside>
 void score_block(const float* q, const T* const* k, int64_t n, Columns width, const int32_t* within, float* scores, float* sums,
                  const Beside& beside) {
-    constexpr int KEYS = keys_at_once<T, R>(), FOLDED = folded_at_once(KEYS);
+    constexpr int FOLDED = folded_at_once(KEYS);
     for (int64_t strip = 0; strip < n; strip += STRIP) {
         int64_t count = n - strip < STRIP ? n - strip : STRIP;
         for (int64_t i = 0; i < count; i += KEYS) {

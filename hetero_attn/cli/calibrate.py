@@ -136,7 +136,7 @@ def work(order: Order) -> int:
     from hetero_attn.models.calibration import SITE, RangeObserver, key_of, measure_ranges, model_fingerprint
     from hetero_attn.models.load import load_model
 
-    plain = dataclasses.replace(order.profile, codec="none")
+    plain = dataclasses.replace(order.profile, codec="none", schedule="plain")      # nothing but the text is to be watched
     began = time.perf_counter()
     with init_communicator(plain, device=order.device) as communicator:
         model = load_model(order.model, plain, communicator=RangeObserver(communicator), dtype=order.dtype)

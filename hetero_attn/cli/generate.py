@@ -14,7 +14,7 @@ EPILOG = """examples:
   hetero-attn generate examples/tiny-llama --prompt 'def fibonacci(n):' --tp 2
   hetero-attn generate MODEL --prompt A --prompt B --json
   cat question.txt | hetero-attn generate MODEL --chat --system 'Be brief.' -
-  torchrun --nnodes=2 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn generate MODEL --prompt A"""
+  torchrun --nnodes=2 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn generate MODEL --trust-network --prompt A"""
 
 
 class AddPrompt(argparse.Action):

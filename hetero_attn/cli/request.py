@@ -102,8 +102,8 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     )
     ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
     if ids:
-        longest = sum(len(each) + new_token_limit(each, params, config) for each in ids)
-        request = replace(request, cache_tokens=min(longest, CACHE_TOKENS), cache_sequences=min(len(ids), MAX_BATCH))
+        needs = [len(each) + new_token_limit(each, params, config) for each in ids]
+        request = replace(request, cache_tokens=max([*needs, min(sum(needs), CACHE_TOKENS)]), cache_sequences=min(len(ids), MAX_BATCH))
     if request.interactive and rank == 0:
         tokenizer.chat([*opening(request), {"role": "user", "content": "?"}])
     return request
@@ -117,6 +117,8 @@ def _trace(args, world_size: int) -> Path | None:
         raise CommandError("--trace shows computing beside communicating, and one rank sends nothing: give --tp N with N above 1")
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise CommandError(f"--trace is {args.trace}, expected a file in a folder that exists")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise CommandError(f"--trace is {args.trace}, which cannot be written; name a file in a folder of yours")
     return path
 
 

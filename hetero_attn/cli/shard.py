@@ -10,7 +10,7 @@ import argparse
 EPILOG = """examples:
   hetero-attn shard MODEL --tp 4 --out parts            then copy parts/rank-2-of-4 to the third machine
   hetero-attn generate parts --tp 4 --prompt A          all ranks on this host
-  torchrun --nnodes=4 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn generate parts --prompt A
+  torchrun --nnodes=4 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn generate parts --trust-network --prompt A
   hetero-attn shard --check parts/rank-2-of-4           compare every checksum after copying"""
 
 

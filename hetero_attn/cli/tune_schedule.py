@@ -36,6 +36,9 @@ def work(model: str, profile: DeviceProfile, device: str | None, as_json: bool, 
 
     if profile.threads_per_rank:
         torch.set_num_threads(profile.threads_per_rank)
+    if profile.memory_budget is not None or profile.window is not None:
+        raise CommandError("a model whose weights are streamed is always run plain, so there is no schedule to tune; leave memory_budget "
+                           "and window out")
     plain = dataclasses.replace(profile, schedule="plain")
     with init_communicator(plain, device=device) as communicator:
         first = communicator.rank == 0

@@ -67,34 +67,43 @@ def work(request: Request) -> int:
             if request.trace is not None:
                 gather_events(model.recorder, communicator)
             return 0
-        load_s = time.perf_counter() - started
+        load_s, results, log, error = time.perf_counter() - started, [], None, None
         try:
             with Driver(model) as driver:
-                results = drive(driver, request)
-            summarise(request, results, load_s, model)
-        except (*REFUSED, BrokenPipeError) as error:
+                results, log = drive(driver, request)
+        except (*REFUSED, BrokenPipeError) as refused:
             if driver.broken:
                 raise
-            code = report(error)                               # the other ranks were released: an orderly end for all
-            if request.trace is not None:
-                gather_events(model.recorder, communicator)
-            return code
-        if request.trace is not None:
-            write_trace(request.trace, gather_events(model.recorder, communicator))
+            error = refused                                    # the other ranks were released: an orderly end for all
+        # The last words with the others, however it ended: they ask for them in this order.
+        peaks = gather_peaks(model)
+        events = None if request.trace is None else gather_events(model.recorder, communicator)
+    if error is not None:
+        return report(error)
+    try:
+        summarise(request, results, load_s, model, peaks)
+        if events is not None:
+            write_trace(request.trace, events)
             print(f"trace: {request.trace}", file=sys.stderr, flush=True)
+    except (*REFUSED, OSError) as refused:
+        return report(refused)
+    finally:
+        if log is not None:
+            log.remove()
     return 0
 
 
-def drive(driver: Driver, request: Request) -> list[Generation]:
-    """Rank 0's part with the model loaded: prints the texts, unless they are to come as JSON, and returns them."""
+def drive(driver: Driver, request: Request) -> tuple[list[Generation], RestartLog | None]:
+    """Rank 0's part with the model loaded: prints the texts, unless they are to come as JSON, and returns them, and the log that a restart
+    would go on from."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")               # a terminal that cannot show a character is no reason to stop
-    tokenizer = Tokenizer.from_dir(driver.model.config.path)
+    tokenizer, log = Tokenizer.from_dir(driver.model.config.path), None
     if request.interactive:
         results = converse(driver, tokenizer, request)
     else:
         echo = request.prompts if request.echo else ()
-        prompts, params, log = as_prompts(request, tokenizer), request.params, None
+        prompts, params = as_prompts(request, tokenizer), request.params
         if request.restart is not None:
             log = RestartLog(request.restart, prompts, params)
             params = replace(params, seed=log.seed)
@@ -110,14 +119,12 @@ def drive(driver: Driver, request: Request) -> list[Generation]:
 
         stream = None if printer is None else show
         results = generate(driver.model, prompts, params, tokenizer=tokenizer, stream=stream, driver=driver, log=log)
-        if log is not None:
-            log.remove()
-    return results
+    return results, log
 
 
-def summarise(request: Request, results: list[Generation], load_s: float, model: Decoder) -> None:
-    """What rank 0 says at the end, when the others have been released. The last word with them is how much memory each has held."""
-    peaks, codecs = gather_peaks(model), model.communicator.codecs
+def summarise(request: Request, results: list[Generation], load_s: float, model: Decoder, peaks: list[dict[str, int]]) -> None:
+    """What rank 0 says at the end, when the others have been released. peaks: the memory that each rank has held."""
+    codecs = model.communicator.codecs
     traffic = None if codecs is None else codecs.traffic
     if request.json:
         report_json(request, results, load_s, traffic, peaks)

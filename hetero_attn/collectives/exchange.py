@@ -20,7 +20,7 @@ from hetero_attn.collectives import algorithms
 from hetero_attn.collectives.choice import NATIVE, PLAIN, Choice, Route
 from hetero_attn.collectives.codec import Codecs
 from hetero_attn.collectives.coding import Coding, Plain, sum_in_rank_order
-from hetero_attn.collectives.wire import Wire
+from hetero_attn.collectives.wire import AHEAD_BYTES, Wire
 from hetero_attn.communicator import add_and_norm, shard_counts, shard_rows
 
 Steps = Generator[Any, None, Any]                    # yields torch.distributed work objects, returns the operation's result
@@ -50,6 +50,8 @@ class Exchange:
         algorithm = self._route(operation, x, nbytes, site).algorithm
         if algorithm == NATIVE:
             return operation != "all_reduce" or x.dtype in GLOO_SUMS or x.is_complex() or self.is_native(x)
+        if operation == "all_reduce" and 2 * nbytes > AHEAD_BYTES:       # one_shot's runs: each is issued, and waited for, by its own step
+            return False
         return algorithm in algorithms.SINGLE[operation]
 
     def all_reduce(self, x: torch.Tensor, site: str = "") -> Steps:

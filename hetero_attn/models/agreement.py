@@ -20,17 +20,19 @@ _DTYPES = list(DTYPES)
 
 
 def check_agreement(
-    config: ModelConfig, dtype: torch.dtype, vocabulary: str, communicator: Communicator, partitions: tuple[Partition, ...] = ()
+    config: ModelConfig, dtype: torch.dtype, vocabulary: str, communicator: Communicator, partitions: tuple[Partition, ...] = (),
+    *, streams: bool = False,
 ) -> None:
     """Raises ModelError, on every rank alike, when the ranks differ in the model, its dtype, its vocabulary or who has what of it.
 
-    partitions: of all ranks; () = the even split, which follows from the rest.
+    partitions: of all ranks; () = the even split, which follows from the rest. streams: whether weights come from the disk.
     """
     if communicator.world_size == 1:
         return
     own = [_digest(config), _DTYPES.index(str(dtype).removeprefix("torch.")), VOCABULARIES.index(vocabulary)]
     own.append(_number([each.parts for each in partitions]) if partitions else 0)
-    mine = torch.tensor([own], dtype=torch.int64, device=communicator.device)                        # [1, 4]
+    own.append(int(streams))
+    mine = torch.tensor([own], dtype=torch.int64, device=communicator.device)                        # [1, 5]
     ranks = communicator.all_gather(mine, sizes=[1] * communicator.world_size, site=SITE).tolist()
     for rank, theirs in enumerate(ranks):
         if theirs[1] != ranks[0][1]:
@@ -44,6 +46,11 @@ def check_agreement(
         if theirs[3] != ranks[0][3]:
             raise ModelError(f"rank {rank} has another partition of the model than rank 0: take all ranks' folders from one run of "
                              "hetero-attn shard, and give every rank the same hosts")
+
+        if theirs[4] != ranks[0][4]:
+            streaming, held = (0, rank) if ranks[0][4] else (rank, 0)
+            raise ModelError(f"rank {streaming} streams its weights and rank {held} does not; give every rank a memory budget "
+                             "(--memory-budget, or memory_budget in its profile; a large one holds all), or none")
 
 
 def _digest(config: ModelConfig) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from hetero_attn import host_memory
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.cache import PagedCache
 from hetero_attn.models.config import ModelConfig, ModelError
@@ -142,7 +143,9 @@ def _status(name: str) -> int:
 def cache_bytes(config: ModelConfig, partition: Partition, tokens: int, sequences: int, block_size: int, dtype: torch.dtype) -> int:
     """What the KV cache of a rank takes when it is full of `tokens` tokens of up to `sequences` sequences."""
     blocks = PagedCache.blocks_for(tokens, sequences, block_size)
-    return 2 * config.layers * blocks * block_size * len(partition.kv_heads) * config.head_dim * dtype.itemsize
+    one = blocks * block_size * len(partition.kv_heads) * config.head_dim * dtype.itemsize
+    page = host_memory.HUGE_PAGE_BYTES if one >= host_memory.FROM_BYTES else 1
+    return 2 * config.layers * -(-one // page) * page
 
 
 def activation_bytes(config: ModelConfig, partition: Partition, tokens: int, sequences: int, dtype: torch.dtype, *, head: bool) -> int:
@@ -218,7 +221,7 @@ def works_of(layout: Layout, rates: Rates, experts_share: float = 1.0) -> list[W
         share = experts_share if piece.name.endswith(".experts") else 1.0
         ends_block = piece.name.endswith((".o_proj", ".down_proj", ".experts"))
         seconds = share * piece.nbytes * rates.product_byte_s
-        found.append(Work(piece.nbytes, piece.read_bytes, seconds, rates.reduce_s if ends_block else 0.0))
+        found.append(Work(piece.nbytes, piece.read_bytes, seconds, rates.reduce_s if ends_block else 0.0, ends_block))
     return found
 
 

@@ -91,7 +91,11 @@ class Conversation:
             sequence.cache_id, sequence.cached = self._cache_id, kept
             return
         if not fits:
-            self._capacity = min(max(FIRST_CACHE_TOKENS, 2 * sequence.final_length), self._config.context_length)
+            memory = self._driver.model.memory
+            if memory is not None and memory.budget is not None and sequence.final_length > memory.tokens:
+                raise ModelError(f"the conversation needs {sequence.final_length} tokens of cache, the memory budget leaves room for "
+                                 f"{memory.tokens}; begin anew, ask for fewer new tokens, or raise --memory-budget")
+            self._capacity = memory.tokens if memory is not None and memory.budget is not None else min(max(FIRST_CACHE_TOKENS, 2 * sequence.final_length), self._config.context_length)
             self._driver.new_cache(self._capacity, 1)
         elif self._cache_id is not None:
             self._driver.free(self._cache_id)

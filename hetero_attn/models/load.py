@@ -90,8 +90,8 @@ def load_model(
                              f"torchrun --nproc-per-node={tp}, or leave tp out")
         if streams and communicator.device.type != "cpu":
             raise ModelError(f"a memory budget streams weights to the cpu's memory, this rank runs on {communicator.device}; "
-                             "leave --memory-budget and window out there")
-        check_agreement(config, chosen, vocabulary, communicator, everyone(config, checkpoint, partitions))
+                             "a group with such a rank must leave --memory-budget and window out")
+        check_agreement(config, chosen, vocabulary, communicator, everyone(config, checkpoint, partitions), streams=streams)
         share_calibration(profile, config, communicator)
         made_on = "meta" if streams else communicator.device
         decoder = Decoder(

@@ -28,26 +28,20 @@ from hetero_attn.profile_overlap import MOST_PARTS
 def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     """The schedule of a loaded decoder. All ranks call this together. Raises ValueError for damaged costs in rank 0's overlay."""
     communicator = decoder.communicator
-    if communicator.world_size == 1:
+    if communicator.world_size == 1 or decoder.window is not None:                   # all ranks stream, or none (agreement.py)
         return Schedule()
     overlap = profile.overlap
     own = {"schedule": profile.schedule, "codec": profile.codec, "places": asdict(places_of(decoder, profile)), "tiles": overlap.tiles,
            "parts": overlap.parts and min(overlap.parts, MOST_PARTS), "measured": overlap.measured, "pair_ns": overlap.pair_ns,
            "efficiency": overlap.efficiency}
     asked = share_json(communicator, own)
-    if streams(decoder):
-        asked["schedule"] = "plain"
     costs = from_settings(asked["measured"], asked["pair_ns"], asked["efficiency"])
     routes = codec_routes(communicator, asked["codec"])
     if costs is None and asked["schedule"] == "auto" and worth_measuring(communicator):
         costs = measure_costs(decoder, QUICK_ROWS, use_codec=routes)
+        if communicator.codecs is not None:
+            communicator.codecs.traffic.sites.clear()                                # no part of what the model will send
     return schedule_of(asked, costs, routes)
-
-
-def streams(decoder) -> bool:
-    """Whether any rank's weights come from the disk, the same answer on all: a part of the rows would then load every weight once more."""
-    own = torch.tensor([decoder.window is not None], dtype=torch.uint8)
-    return bool(decoder.communicator.all_gather(own, sizes=[1] * decoder.communicator.world_size, site="load_model").any())
 
 
 def schedule_of(asked: dict[str, Any], costs: Costs | None, coder: Callable[[bool], None] | None = None) -> Schedule:

@@ -1,8 +1,9 @@
 """Linear layers, embedding and head of a tensor-parallel decoder: each holds its rank's slice and says which slice that is.
 
-A column-parallel layer makes a rank's own features and needs no communication; a row-parallel layer sums over all ranks' features, and
-its one all-reduce is the line to look for. Shards may be uneven, or empty. Products are made by each layer's `linear`, torch's own until
-the decoder puts its backend's there; the row-parallel ones by the communicator's, together with the sum, because a device may fuse the two.
+A column-parallel layer makes a rank's own features and needs no communication; a row-parallel layer sums over all ranks' features: there
+is the all-reduce (longer steps run it from schedule.py, beside the products). Shards may be uneven, or empty. Products are made by each
+layer's `linear`, torch's own until the decoder puts its backend's there; the row-parallel ones by the communicator's, together with the
+sum, because a device may fuse the two.
 """
 
 from __future__ import annotations

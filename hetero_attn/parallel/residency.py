@@ -63,12 +63,14 @@ def paper_peak(hidden: int, vocab: int, ffn: int, group: int, share: float, wind
 
 @dataclass(frozen=True)
 class Work:
-    """One piece of a pass: bytes in memory and from the disk, seconds of its product, and of the sum that follows it."""
+    """One piece of a pass: bytes in memory and from the disk, seconds of its product, and of the sum that follows it. ends_block: a sum
+    follows, which takes no time on one rank."""
 
     nbytes: int
     read_bytes: int
     compute_s: float
     reduce_s: float = 0.0
+    ends_block: bool = False
 
 
 def pass_seconds(works: Sequence[Work], ring_bytes: int, resident: frozenset[int], disk_bytes_s: float, passes: int = 4) -> float:
@@ -164,7 +166,7 @@ def window_bytes(works: Sequence[Work], blocks: int) -> int:
     sizes, block = [], 0
     for work in works:
         block += work.nbytes
-        if work.reduce_s or work is works[-1]:
+        if work.ends_block or work.reduce_s or work is works[-1]:
             sizes.append(block)
             block = 0
     sizes = sizes or [block]
@@ -203,5 +205,5 @@ def choose(works: Sequence[Work], weight_bytes: int, disk_bytes_s: float, *, rin
 
 def blocks(works: Sequence[Work]) -> list[tuple[int, int]]:
     """(first piece, past the last) of each block."""
-    ends = [index + 1 for index, work in enumerate(works) if work.reduce_s or index + 1 == len(works)]
+    ends = [index + 1 for index, work in enumerate(works) if work.ends_block or work.reduce_s or index + 1 == len(works)]
     return list(itertools.pairwise([0, *ends]))

@@ -42,7 +42,7 @@ class Recorder:
         self.device = torch.device(device)
         self._events: list[Event] = []
         self._pending: list[tuple[str, str, Any, Any, int, int]] = []       # lane, name, device events, rows, part
-        self._helper: Any = None
+        self._marker: Any = None
         self.begin()
 
     def begin(self) -> None:
@@ -103,8 +103,8 @@ class Recorder:
         """Mark when the handle's stream is through, on a stream that does nothing but wait for it."""
         module = torch.get_device_module(self.device)
         first = self._mark()
-        self._helper = self._helper or module.Stream(device=self.device)
-        with module.stream(self._helper):
+        self._marker = self._marker or module.Stream(device=self.device)
+        with module.stream(self._marker):
             handle.wait()
             final = self._mark()
         self._pending.append((COMMUNICATION, name, first, final, rows, part))

@@ -102,6 +102,8 @@ def handles_may_be_dropped(communicator: Communicator) -> str | None:
         communicator.start_all_reduce(torch.ones(100))
         communicator.start_all_reduce(torch.ones(100, dtype=torch.float16))
         communicator.start_all_gather(torch.ones(3))
+    for _ in range(3):
+        communicator.start_all_reduce(torch.ones(1 << 19))               # long enough to travel in several messages
     result = communicator.all_reduce(torch.ones(2))
     return None if (result == communicator.world_size).all() else f"all_reduce after dropped handles is {result.tolist()}"
 
