@@ -127,7 +127,7 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, beside, n=1)
     elsewhere = exact = [k for k in known if k.rpartition(".")[2] == name]
     if not exact:
-        nearest = difflib.get_close_matches(name, [k.rpartition(".")[2] for k in known], n=1)
+        nearest = difflib.get_close_matches(name, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.8)
         elsewhere = [k for k in known if nearest and k.rpartition(".")[2] == nearest[0]]
     if any(k.startswith(path + ".") for k in known):
         return f"{path} is a section, expected one of its keys: {_under(path, known)}"

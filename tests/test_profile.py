@@ -224,7 +224,7 @@ def test_what_to_dict_gives_loads_as_an_equal_profile(tmp_path_factory, profile)
 @pytest.mark.parametrize("module", ["profile", "profile_fields", "profile_yaml", "profile_detect", "profile_schema", "profile_overlap",
                                     "hardware", "overlay", "environment"])
 def test_profiles_stand_on_the_floor(module):
-    siblings = {"profile", "profile_fields", "profile_yaml", "profile_detect", "profile_overlap", "hardware", "overlay"}
+    siblings = {"profile", "profile_fields", "profile_yaml", "profile_detect", "profile_overlap", "hardware", "overlay", "quantity"}
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     names = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)] + [
         alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]

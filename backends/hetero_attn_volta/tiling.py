@@ -111,7 +111,7 @@ FORWARD = (
     Variant("forward", 96, 64, 4, 1, True, False, 1, 2),
     Variant("forward", 128, 32, 4, 1, True, False, 1, 2),
     Variant("forward", 192, 32, 8, 1, False, False, 1, 1),
-    Variant("forward", 256, 32, 8, 1, False, True, 1, 1),
+    Variant("forward", 256, 32, 8, 1, False, True, 2, 1),
 )
 DECODE = (
     Variant("decode", 32, 32, 4, 1, True, False, 1, 2),

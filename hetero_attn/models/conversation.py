@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator
 
 from hetero_attn.models.batch import Sequence
+from hetero_attn.models.config import ModelError
 from hetero_attn.models.control import Driver
 from hetero_attn.models.generate import Piece, check_ids, new_token_limit, run
 from hetero_attn.models.sampling import SamplingParams
@@ -91,11 +92,13 @@ class Conversation:
             sequence.cache_id, sequence.cached = self._cache_id, kept
             return
         if not fits:
-            memory = self._driver.model.memory
-            if memory is not None and memory.budget is not None and sequence.final_length > memory.tokens:
-                raise ModelError(f"the conversation needs {sequence.final_length} tokens of cache, the memory budget leaves room for "
-                                 f"{memory.tokens}; begin anew, ask for fewer new tokens, or raise --memory-budget")
-            self._capacity = memory.tokens if memory is not None and memory.budget is not None else min(max(FIRST_CACHE_TOKENS, 2 * sequence.final_length), self._config.context_length)
+            most, memory = self._config.context_length, self._driver.model.memory
+            if memory is not None and memory.budget is not None:
+                most = min(most, memory.tokens)
+            if sequence.final_length > most:         # the context was checked before
+                raise ModelError(f"the conversation needs {sequence.final_length} tokens of cache, the memory budget leaves room for {most}; "
+                                 "begin anew, ask for fewer new tokens, or raise --memory-budget")
+            self._capacity = min(max(FIRST_CACHE_TOKENS, 2 * sequence.final_length), most)
             self._driver.new_cache(self._capacity, 1)
         elif self._cache_id is not None:
             self._driver.free(self._cache_id)
