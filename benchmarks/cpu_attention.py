@@ -63,7 +63,7 @@ def main() -> int:
     fma = limits.fma_peak()
     results: dict = {}
     if "attention" in parts:
-        results["attention"] = attention.measure(asked.backend, rounds["attention"], l3, progress)
+        results["attention"] = attention.measure(asked.backend, rounds["attention"], progress)
     if "linear" in parts:
         results["linear"] = products.measure(asked.backend, rounds["linear"], progress)
     if "growth" in parts:

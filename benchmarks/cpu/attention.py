@@ -13,12 +13,10 @@ import torch
 
 from cpu import verdicts
 from cpu.limits import GemmProbe, ReadProbe
-from cpu.peers import LABELS, contenders
+from cpu.peers import LABELS, contenders, operands
 from cpu.shapes import DTYPES, SHAPES, Limits, figure
 from cpu.timing import round_robin
 from cpu.verdicts import Verdict
-
-DRAM_BYTES_OVER_L3 = 4
 
 
 @dataclass
@@ -66,17 +64,16 @@ class Cell:
         return [line for line in lines if line is not None]
 
 
-def measure(backend: str, rounds: int, l3_bytes: int, progress: Callable[[str], None]) -> list[Cell]:
+def measure(backend: str, rounds: int, progress: Callable[[str], None]) -> list[Cell]:
     """All cells, shape by shape. Takes a few minutes, most of them FlexAttention's compilation the first time."""
     gemm, cells = GemmProbe(), []
-    memory = ReadProbe(DRAM_BYTES_OVER_L3 * l3_bytes)
     for name, shape in SHAPES.items():
         for dtype in DTYPES:
             progress(f"attention {name} ({shape}) {dtype}")
-            kv_bytes = shape.kv_bytes(dtype)
-            read = ReadProbe(kv_bytes) if kv_bytes <= l3_bytes else memory          # K and V stay in L3 between calls if they fit it
+            given = operands(shape, getattr(torch, dtype))
+            read = ReadProbe(tensors=given[1:])                                     # where the contenders read, from L3 if K and V fit it
             with torch.inference_mode():
-                made = contenders(shape, getattr(torch, dtype), backend)
+                made = contenders(shape, getattr(torch, dtype), backend, given=given)
                 timed = {one.name: one.call for one in made if one.reason is None}
                 seconds, readings = round_robin(timed, {"gemm": gemm, "read": read}, rounds)
             cells.append(Cell(

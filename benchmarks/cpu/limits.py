@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hetero_attn import host_memory
 
 GEMM_SIZE = 2048
 READ_AT_LEAST = 256 << 20           # bytes a timed reading covers at least, so that starting its threads does not show
+READ_IN_TURNS = 32 << 20
 VARIANTS = ((1, 0), (1, 1024), (4, 0), (4, 1024))       # (streams, bytes prefetched ahead) of the read loop
 
 
@@ -43,11 +45,12 @@ def _library() -> ctypes.CDLL | None:
 
 
 class ReadProbe:
-    """Reads a buffer of `nbytes` again and again with torch's number of threads: from the caches if it fits there, else from memory."""
+    """Reads a buffer of `nbytes`, or the memory of dense tensors, again and again with torch's number of threads: from the caches if it
+    fits there, else from memory."""
 
-    def __init__(self, nbytes: int):
-        self._buffer = host_memory.empty((-(-nbytes // 512) * 64,), torch.int64).fill_(1)   # 8 bytes each, touched; a multiple of 512
-        self.nbytes = self._buffer.nbytes
+    def __init__(self, nbytes: int = 0, tensors: Sequence[torch.Tensor] = ()):
+        self._buffers = list(tensors) or [host_memory.empty((-(-nbytes // 512) * 64,), torch.int64).fill_(1)]       # 8 bytes each, touched
+        self.nbytes = sum(each.nbytes // 512 * 512 for each in self._buffers)
         self._repeats = max(1, READ_AT_LEAST // self.nbytes)
         self._variant = VARIANTS[0]
         if _library() is not None:
@@ -62,10 +65,16 @@ class ReadProbe:
         if library is None:
             start = time.perf_counter()
             for _ in range(self._repeats):
-                self._buffer.sum()
+                for each in self._buffers:
+                    each.sum()
             return self._repeats * self.nbytes / (time.perf_counter() - start)
         threads = torch.get_num_threads()
-        return self._repeats * self.nbytes / library.read_seconds(self._buffer.data_ptr(), self.nbytes, threads, self._repeats, *variant)
+        # One after the other where that is no matter of microseconds: a large buffer read again and again may stay in a cache that all of
+        # them do not fit.
+        rounds, repeats = (self._repeats, 1) if self.nbytes >= READ_IN_TURNS else (1, self._repeats)
+        seconds = sum(library.read_seconds(each.data_ptr(), each.nbytes // 512 * 512, threads, repeats, *variant)
+                      for _ in range(rounds) for each in self._buffers)
+        return self._repeats * self.nbytes / seconds
 
 
 class GemmProbe:

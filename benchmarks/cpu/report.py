@@ -51,8 +51,8 @@ def _attention(cells, fma: float | None) -> list[str]:
     lines = [
         "## Attention", "",
         "Times of torch SDPA in ms, and speed-ups over it in the same rounds (medians, interleaved). The limit is the longer of the "
-        "visible products at the fp32 GEMM rate and of K and V at the read rate, both measured in those rounds (from L3 where K and V fit "
-        "it). "
+        "visible products at the fp32 GEMM rate and of K and V at the read rate, both measured in those rounds, the latter on those "
+        "very K and V (from L3 where they fit it), which all contenders share. "
         f"\"Table\" is the best peer's → the limit's figure on {ZEN3}; llama.cpp's ggml and OpenVINO are in it, and not timed here. "
         "ONNX Runtime has a pool of two threads; of spinning (within a run) and sleeping threads the faster was taken. It stores the new "
         "keys into its cache too, a part of its operation.", "",

@@ -96,8 +96,8 @@ class Conversation:
             if memory is not None and memory.budget is not None:
                 most = min(most, memory.tokens)
             if sequence.final_length > most:         # the context was checked before
-                raise ModelError(f"the conversation needs {sequence.final_length} tokens of cache, the memory budget leaves room for {most}; "
-                                 "begin anew, ask for fewer new tokens, or raise --memory-budget")
+                raise ModelError(f"the conversation needs {sequence.final_length} tokens of cache, the memory budget leaves room for "
+                                 f"{most}; begin anew, ask for fewer new tokens, or raise --memory-budget")
             self._capacity = min(max(FIRST_CACHE_TOKENS, 2 * sequence.final_length), most)
             self._driver.new_cache(self._capacity, 1)
         elif self._cache_id is not None:
