@@ -50,22 +50,29 @@ def generate(folder: str, options: dict, tokens: int, mbytes_s: float | None = N
     """A rank of a real group; token times on rank 0, memory and disk figures on all."""
     throttled(f"hetero-attn-bench-{os.getpid()}", mbytes_s)
     model = load_model(folder, "edge", cache_tokens=64, **options)
-    found, chosen, rows = {}, [], []
+    found = {}
     if model.communicator.rank == 0:
-        with Driver(model) as driver:
-            driver.new_cache(64, 1)
-            sequence, times, feed = driver.add_sequence(), [], PROMPT
-            for _ in range(tokens):
-                began = time.perf_counter()
-                logits = driver.forward([sequence], [len(feed)], feed)
-                times.append(time.perf_counter() - began)
-                rows.append(logits[0, :8].tolist())
-                feed = [int(logits[0].argmax())]
-                chosen += feed
+        times, chosen, rows = greedy(model, tokens)
         found = {"first_s": times[0], "token_s": statistics.median(times[1:]), "times": times, "tokens": chosen, "logits": rows}
     else:
         serve(model)
     return found | figures(model)
+
+
+def greedy(model, tokens: int) -> tuple[list[float], list[int], list[list[float]]]:
+    """Rank 0's part: seconds of each token, the tokens, and the first eight logits of each."""
+    times, chosen, rows, feed = [], [], [], PROMPT
+    with Driver(model) as driver:
+        driver.new_cache(64, 1)
+        sequence = driver.add_sequence()
+        for _ in range(tokens):
+            began = time.perf_counter()
+            logits = driver.forward([sequence], [len(feed)], feed)
+            times.append(time.perf_counter() - began)
+            rows.append(logits[0, :8].tolist())
+            feed = [int(logits[0].argmax())]
+            chosen += feed
+    return times, chosen, rows
 
 
 def over_links(folder: str, sets: tuple[str, ...], tokens: int) -> dict:
@@ -80,14 +87,7 @@ def over_links(folder: str, sets: tuple[str, ...], tokens: int) -> dict:
     if communicator.rank:
         serve(model)
         return {}
-    with Driver(model) as driver:
-        driver.new_cache(64, 1)
-        sequence, times, feed = driver.add_sequence(), [], PROMPT
-        for _ in range(tokens):
-            began = time.perf_counter()
-            logits = driver.forward([sequence], [len(feed)], feed)
-            times.append(time.perf_counter() - began)
-            feed = [int(logits[0].argmax())]
+    times, _, _ = greedy(model, tokens)
     world, nbytes = communicator.world_size, hidden * 2
     base = communicator if communicator.base is None else communicator.base
     route = base.choice.pick("all_reduce", nbytes, torch.bfloat16)
