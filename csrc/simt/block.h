@@ -5,15 +5,18 @@
 // comes, exited threads, two places at once) is an error here that names both places. Lanes are run in several orders, because a kernel
 // that forgets to synchronise is right in one of them by luck.
 #pragma once
+#include <chrono>
 #include <memory>
 #include <random>
 #include <sched.h>
 #include <stdexcept>
+#include <thread>
 #include <time.h>
 
 #include "fiber.h"
 #include "ledger.h"
 #include "runtime.h"
+#include "weak_memory.h"
 
 namespace simt {
 
@@ -62,6 +65,7 @@ class Block {
         count_(size_t(options.block[0]) * options.block[1] * options.block[2]), fibers_(count_), stacks_(stack_pool().take(count_)),
         random_(unsigned(options.order)) {
     if (options.counted) ledger.reset(new Ledger(count_, shared, options));
+    if (options.agent >= 0) weak.reset(new WeakBlock(options.agent, count_));
   }
 
   ~Block() { stack_pool().give_back(std::move(stacks_)); }
@@ -71,6 +75,7 @@ class Block {
   const Options& options;
   uint64_t counters[COUNTERS] = {};
   std::unique_ptr<Ledger> ledger;
+  std::unique_ptr<WeakBlock> weak;
   Fiber* running = nullptr;
   Index where;
   Context scheduler;
@@ -92,7 +97,10 @@ class Block {
       stacks_->clear(i);
       prepare(f.context, stacks_->bottom(i), first_step);
     }
+    if (weak) weak->begin();
     schedule();
+    if (options.stall_s > 0) std::this_thread::sleep_for(std::chrono::duration<double>(options.stall_s));
+    if (weak) weak->end();
     check_tail();
   }
 
@@ -228,6 +236,7 @@ class Block {
       count += f.predicate != 0;
     }
     epoch_++;
+    if (weak) weak->barrier();
     for (auto& f : fibers_) {
       f.state = State::RUNNABLE;
       f.predicate = f.reduction == OR ? any : f.reduction == AND ? all : count;

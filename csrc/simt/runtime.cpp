@@ -82,6 +82,36 @@ SIMT_API void simt_count(Counter counter) { current->counters[counter]++; }
 
 SIMT_API void simt_fail(const char* text, const char* file, int line) { give_up(Place{text, file, line}.words()); }
 
+SIMT_API void simt_system_load(void* into, const void* address, uint32_t size) {
+  if (auto* weak = current->weak.get()) weak->load(current->running->index, current->running->when.block, into, address, size);
+  else memcpy(into, address, size);
+}
+
+SIMT_API void simt_system_store(void* address, const void* bytes, uint32_t size) {
+  if (auto* weak = current->weak.get()) weak->store(current->running->index, current->running->when.block, address, bytes, size);
+  else memcpy(address, bytes, size);
+}
+
+SIMT_API uint64_t simt_flag_load(const uint64_t* flag, int acquire, const char* file, int line) {
+  simt_yield(acquire ? "an acquire load" : "a relaxed load", file, line);
+  if (auto* weak = current->weak.get()) return weak->load_flag(current->running->index, flag, acquire);
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+
+SIMT_API void simt_flag_store(uint64_t* flag, uint64_t value, int release) {
+  if (auto* weak = current->weak.get()) weak->store_flag(current->running->index, current->running->when.block, flag, value, release);
+  else __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+
+SIMT_API uint64_t simt_nanoseconds() { return uint64_t(1e9 * seconds()); }
+
+// A store by an earlier kernel of an agent (weak_memory.h); and what all launches so far have left behind is forgotten.
+SIMT_API void simt_host_write(int agent, void* address, const void* bytes, uint64_t size) {
+  std::lock_guard<std::mutex> held(weak_memory().lock);
+  weak_memory().write(agent, uintptr_t(address), static_cast<const char*>(bytes), uint32_t(size));
+}
+SIMT_API void simt_forget() { weak_memory().forget(); }
+
 SIMT_API void simt_access(const void* place, const void* address, uint32_t size, int store) {
   Block* block = current;
   if (!block || !block->ledger || !block->running) return;

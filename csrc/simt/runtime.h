@@ -39,6 +39,12 @@ SIMT_API void simt_yield(const char* what, const char* file, int line);         
 SIMT_API void simt_count(Counter counter);
 SIMT_API void simt_access(const void* place, const void* address, uint32_t size, int store);       // of an instrumented program
 SIMT_API void simt_fail(const char* text, const char* file, int line);           // does not return
+// Memory that several ranks touch, at system scope: relaxed data of up to 16 bytes, and flags. A load of a flag lets the others run.
+SIMT_API void simt_system_load(void* into, const void* address, uint32_t size);
+SIMT_API void simt_system_store(void* address, const void* bytes, uint32_t size);
+SIMT_API uint64_t simt_flag_load(const uint64_t* flag, int acquire, const char* file, int line);
+SIMT_API void simt_flag_store(uint64_t* flag, uint64_t value, int release);
+SIMT_API uint64_t simt_nanoseconds();
 }
 
 // One kernel of a program: its body with the arguments as cuLaunchKernel takes them.
@@ -68,6 +74,8 @@ struct Options {                                      // hetero_attn/testing/sim
   const int32_t* cancelled;                           // set by whoever runs several launches: give up
   const Region* regions;
   int32_t region_count;
+  int32_t agent;                                      // which rank's launch this is, 0 to AGENTS - 1, where memory is weak; -1: it is not
+  double stall_s;                                     // each block sleeps so long at its end, before its last stores are seen
 };
 
 // Memory counters of one kind of access. Conflicts are wavefronts - ideal_wavefronts.

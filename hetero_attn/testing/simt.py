@@ -23,7 +23,7 @@ import torch
 
 from hetero_attn.jit import Kernel, compiler_reason, csrc_dir
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 COUNTERS = ("mma", "shuffle", "vote", "syncwarp", "barrier", "special", "atomic", "switches")       # csrc/simt/runtime.h's Counter
 SPACES, DIRECTIONS, WIDTHS = ("shared", "global"), ("load", "store"), (1, 2, 4, 8, 16)
 ORDERS = (0, 1, 2, 3)                  # ascending, descending, a step a warp in turn, shuffled; above 3 further shuffles
@@ -41,7 +41,8 @@ class _Options(ctypes.Structure):      # csrc/simt/runtime.h's Options
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared_bytes", ctypes.c_uint64), ("workers", ctypes.c_int32),
         ("order", ctypes.c_int32), ("resident", ctypes.c_int32), ("counted", ctypes.c_int32), ("time_limit_s", ctypes.c_double),
-        ("cancelled", ctypes.c_void_p), ("regions", ctypes.c_void_p), ("region_count", ctypes.c_int32),
+        ("cancelled", ctypes.c_void_p), ("regions", ctypes.c_void_p), ("region_count", ctypes.c_int32), ("agent", ctypes.c_int32),
+        ("stall_s", ctypes.c_double),
     ]
 
 
@@ -175,13 +176,15 @@ class Program:
     def launch(
         self, name: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0, order: int = 0,
         workers: int | None = None, resident: bool = False, regions: Mapping[str, tuple[int, int]] | None = None,
-        time_limit_s: float = TIME_LIMIT_S, cancelled: ctypes.c_int32 | None = None,
+        time_limit_s: float = TIME_LIMIT_S, cancelled: ctypes.c_int32 | None = None, agent: int | None = None, stall_s: float = 0.0,
     ) -> Counts:
         """Run one kernel. grid and block: up to three sizes. arguments: tensors (their address), ints (32 bits), floats (32 bits), and
         ctypes values or bytes for everything else (a struct by value, a 64-bit number).
 
         order: how threads take turns (ORDERS). resident: all blocks at once, as blocks that wait for one another need it. regions: name ->
-        (begin, end) bytes of the dynamic shared memory to count apart. time_limit_s: for threads that spin. Raises SimtError, BuildError.
+        (begin, end) bytes of the dynamic shared memory to count apart. time_limit_s: for threads that spin. agent: memory at system scope is
+        weak, and this is the launch of that rank (csrc/simt/weak_memory.h). stall_s: how long each block sleeps at its end, before its last
+        stores are seen. Raises SimtError, BuildError.
         """
         if name not in self.kernel_names:
             raise ValueError(f"kernel is {name!r}, {self.path.name} has {', '.join(self.kernel_names)}")
@@ -191,7 +194,7 @@ class Program:
         bounds = (ctypes.c_uint32 * (2 * max(1, len(regions))))(*(edge for pair in regions.values() for edge in pair))
         options = _Options(_sizes("grid", grid), _sizes("block", block), shared_bytes, workers or len(os.sched_getaffinity(0)), order,
                            resident, self.counted, time_limit_s, None if cancelled is None else ctypes.addressof(cancelled),
-                           ctypes.addressof(bounds), len(regions))
+                           ctypes.addressof(bounds), len(regions), -1 if agent is None else agent, stall_s)
         threads = options.block[0] * options.block[1] * options.block[2]
         if not 0 < threads <= 1024:
             raise ValueError(f"block is {tuple(block)}: {threads} threads, expected 1 to 1024")
@@ -244,6 +247,18 @@ class SimtLauncher:
         counts = self.program(kernel).launch(kernel.function, grid, block, [call], shared_bytes=shared_bytes, order=self.order,
                                              workers=self.workers, regions=self.regions)
         self.launched.append((kernel.function, counts))
+
+
+def host_write(agent: int, to: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values into `to` (contiguous, of one size) as an earlier kernel of that agent would: others see it once it is released to them."""
+    if to.nbytes != values.nbytes or not (to.is_contiguous() and values.is_contiguous()):
+        raise ValueError(f"host_write: {list(values.shape)} into {list(to.shape)}, expected contiguous tensors of one size")
+    _runtime(False).simt_host_write(agent, ctypes.c_void_p(to.data_ptr()), ctypes.c_void_p(values.data_ptr()), ctypes.c_uint64(to.nbytes))
+
+
+def forget() -> None:
+    """Everything stored so far is seen by everyone: between two tests of weak memory."""
+    _runtime(False).simt_forget()
 
 
 def run_ranks(launches: Sequence[Callable[[ctypes.c_int32], Any]], *, names: Sequence[str] | None = None) -> list[Any]:
