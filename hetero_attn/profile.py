@@ -68,6 +68,13 @@ class DeviceProfile:
                                       default=1 << 19, minimum=4096)
     shared_heap_bytes: int = setting("Communicator cpu: a rank's room for tensors in shared memory, bytes, a multiple of 4096; it "
                                      "grows when a tensor does not fit", default=4 << 20, minimum=4096)
+    symmetric_stage_bytes: int = setting("Communicator hopper: the longest all-reduce of two ranks that is one exchange of everything, bytes; "
+                                         "of more ranks less", default=1 << 18, minimum=256)
+    symmetric_room_bytes: int = setting("Communicator hopper: the largest tensor that a call takes, bytes, a multiple of 4096; so much of "
+                                        "a device's memory is kept for tensors that are not symmetric by themselves",
+                                        default=64 << 20, minimum=4096)
+    symmetric_heap_bytes: int = setting("Communicator hopper: a rank's room for tensors in symmetric memory, bytes, a multiple of 4096",
+                                        default=256 << 20, minimum=4096)
     threads_per_rank: int = setting("CPU threads of one rank; 0 = cores divided by the ranks of this host", default=0, minimum=0)
     memory_budget: str | None = setting("Memory of one rank's whole process; weights beyond it are streamed from disk; null = all held",
                                         default=None, pattern=SIZE_PATTERN, form=SIZE_FORM)
@@ -88,7 +95,7 @@ class DeviceProfile:
         if "reference" in self.backends:
             raise ProfileError("backends names reference, which is never chosen automatically; ask for it by name, as in "
                                "attention(..., backend='reference')", key="backends")
-        for name in ("shared_stage_bytes", "shared_heap_bytes"):
+        for name in ("shared_stage_bytes", "shared_heap_bytes", "symmetric_room_bytes", "symmetric_heap_bytes"):
             if getattr(self, name) % 4096:
                 raise ProfileError(f"{name} is {getattr(self, name)}, expected a multiple of 4096", key=name)
         if self.codec not in ("none", "auto") and self.algorithm in ("native", "ring", "tree"):

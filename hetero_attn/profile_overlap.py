@@ -29,6 +29,9 @@ class Overlap:
     tile_shape: tuple[int, int] | None = setting("Rows and columns of one tile of the matrix product, for the count of waves", default=None,
                                                  minimum=1)
     communication_units: int = setting("Units (of hardware.units) that communication keeps from the matrix product", default=0, minimum=0)
+    attention_ctas: int | None = setting("CTAs (one a unit) of a sum after an attention that runs beside products, 2 to 32; null = at most "
+                                         "8. For communicators that run on the device's own units", default=None, minimum=2)
+    mlp_ctas: int | None = setting("The same of a sum after an MLP", default=None, minimum=2)
     pair_ns: float | None = setting("Attention of one layer and rank for a query and a key it sees, nanoseconds", default=None, minimum=0)
     efficiency: float | None = setting("How much of a cut's expected gain is real, 0 to 1: less where computing and communicating want "
                                        "the same processor; null = all", default=None, minimum=0)

@@ -1,8 +1,9 @@
-"""The map of a rank's symmetric memory, the same on every rank: what the CTAs meet by, staging for short messages, and the heap.
+"""The map of a rank's symmetric memory, the same on every rank.
 
     control    slots, epochs, broken (csrc/hopper/call.h)       zeroed before anyone's first call
     staging    two buffers for one-shot calls, taken in turn
-    heap       what Communicator.empty hands out
+    room       one tensor that is not symmetric by itself, for the length of a call
+    heap       what Communicator.empty hands out: no two ranks need have the same in it
 
 Pure numbers, from what rank 0's profile says.
 """
@@ -27,23 +28,29 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Bytes. stage: of one of the two staging buffers; heap: of the room for tensors. Raises ValueError for a size that is not above 0."""
+    """Bytes. stage: one of the two staging buffers; room: the largest tensor of a call; heap. Raises ValueError for what cannot be."""
 
     stage: int
+    room: int
     heap: int
 
     def __post_init__(self) -> None:
-        if self.stage <= 0 or self.heap <= 0 or self.stage % ALIGN:
-            raise ValueError(f"stage is {self.stage} and heap {self.heap} bytes, expected more than 0, stage a multiple of {ALIGN}")
+        for name in ("stage", "room", "heap"):
+            if getattr(self, name) <= 0 or getattr(self, name) % ALIGN:
+                raise ValueError(f"{name} is {getattr(self, name)} bytes, expected a multiple of {ALIGN} above 0")
 
     @property
     def staging_at(self) -> int:
         return aligned(CONTROL_BYTES)
 
     @property
-    def heap_at(self) -> int:
+    def room_at(self) -> int:
         return self.staging_at + 2 * self.stage
 
     @property
+    def heap_at(self) -> int:
+        return self.room_at + self.room
+
+    @property
     def size(self) -> int:
-        return self.heap_at + aligned(self.heap)
+        return self.heap_at + self.heap

@@ -27,7 +27,7 @@ static __device__ __forceinline__ float scaled(float y, float inverse, float wei
   return rounded(rounded(y * inverse, kind) * weight, kind);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) hopper_all_reduce_rms_norm(const Call call) {
+extern "C" __global__ void __launch_bounds__(1024, 1) hopper_all_reduce_rms_norm(const Call call) {
   __shared__ float sums[32];
   __shared__ Meeting told;
   unsigned epoch;

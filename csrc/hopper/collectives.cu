@@ -9,7 +9,7 @@
 // Grid and block: backends/hetero_attn_hopper/plan.py.
 #include "door.cuh"
 
-extern "C" __global__ void __launch_bounds__(1024) hopper_all_reduce(const Call call) {
+extern "C" __global__ void __launch_bounds__(1024, 1) hopper_all_reduce(const Call call) {
   __shared__ Meeting told;
   unsigned epoch;
   if (!begins(call, blockIdx.x, epoch) || !meet(call, blockIdx.x, ++epoch, 1, told)) return;
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(1024) hopper_all_reduce(const Call 
   if (meet(call, blockIdx.x, ++epoch, 2, told)) ends(call, blockIdx.x, epoch);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) hopper_reduce_scatter(const Call call) {
+extern "C" __global__ void __launch_bounds__(1024, 1) hopper_reduce_scatter(const Call call) {
   __shared__ Meeting told;
   unsigned epoch;
   if (!begins(call, blockIdx.x, epoch) || !meet(call, blockIdx.x, ++epoch, 1, told)) return;
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(1024) hopper_reduce_scatter(const C
   if (meet(call, blockIdx.x, ++epoch, 2, told)) ends(call, blockIdx.x, epoch);        // until then x may not be written again
 }
 
-extern "C" __global__ void __launch_bounds__(1024) hopper_all_gather(const Call call) {
+extern "C" __global__ void __launch_bounds__(1024, 1) hopper_all_gather(const Call call) {
   __shared__ Meeting told;
   unsigned epoch;
   if (!begins(call, blockIdx.x, epoch) || !meet(call, blockIdx.x, ++epoch, 1, told)) return;     // every rank's result may be written
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(1024) hopper_all_gather(const Call 
   if (meet(call, blockIdx.x, ++epoch, 2, told)) ends(call, blockIdx.x, epoch);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) hopper_one_shot(const Call call) {
+extern "C" __global__ void __launch_bounds__(1024, 1) hopper_one_shot(const Call call) {
   __shared__ Meeting told;
   unsigned epoch;
   const int channel = MAX_CTAS + blockIdx.x;

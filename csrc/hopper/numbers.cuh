@@ -102,19 +102,24 @@ static __device__ __forceinline__ void store_own(unsigned long long array, int k
 static __device__ __forceinline__ Eight load_part(unsigned long long array, int kind, long long unit, long long left) {
   if (left >= UNIT) return load_own(array, kind, unit);
   Eight eight;
+#pragma unroll
   for (int i = 0; i < UNIT; i++) {
     const long long at = unit * UNIT + i;
-    if (i >= left) eight.at[i] = 0.0f;
-    else if (kind == F32) eight.at[i] = reinterpret_cast<const float*>(array)[at];
-    else if (kind == BF16) eight.at[i] = bf16_to_float(reinterpret_cast<const unsigned short*>(array)[at]);
-    else eight.at[i] = half_to_float(reinterpret_cast<const unsigned short*>(array)[at]);
+    eight.at[i] = 0.0f;
+    if (i < left) {
+      if (kind == F32) eight.at[i] = reinterpret_cast<const float*>(array)[at];
+      else if (kind == BF16) eight.at[i] = bf16_to_float(reinterpret_cast<const unsigned short*>(array)[at]);
+      else eight.at[i] = half_to_float(reinterpret_cast<const unsigned short*>(array)[at]);
+    }
   }
   return eight;
 }
 static __device__ __forceinline__ void store_part(unsigned long long array, int kind, long long unit, long long left, const Eight& eight) {
   if (left >= UNIT) return store_own(array, kind, unit, eight);
-  for (int i = 0; i < left; i++) {
+#pragma unroll
+  for (int i = 0; i < UNIT; i++) {
     const long long at = unit * UNIT + i;
+    if (i >= left) continue;
     if (kind == F32) reinterpret_cast<float*>(array)[at] = eight.at[i];
     else reinterpret_cast<unsigned short*>(array)[at] = (unsigned short)(kind == BF16 ? float_to_bf16(eight.at[i]) : float_to_half(eight.at[i]));
   }

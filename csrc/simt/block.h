@@ -135,7 +135,7 @@ class Block {
   }
 
   void schedule() {
-    for (;;) {
+    for (int idle = 0;;) {
       bool moved = false;
       for (size_t warp : order_of(warps())) {
         bool again = true;
@@ -154,7 +154,9 @@ class Block {
       if (done == count_) return;
       if (spinning) {                                  // what they wait for may come from another block or rank
         check_time();
-        if (!moved) sched_yield();
+        idle = moved ? 0 : idle + 1;
+        if (idle > 20) std::this_thread::sleep_for(std::chrono::microseconds(20));
+        else if (idle) sched_yield();
         for (auto& f : fibers_)
           if (f.state == State::SPINNING) f.state = State::RUNNABLE;
       } else if (!moved) {
@@ -174,7 +176,7 @@ class Block {
       counters[SWITCHES]++;
       switch_to(scheduler, f.context);
       running = nullptr;
-      moved = true;
+      moved |= f.state != State::SPINNING;             // one that looks in vain lets other threads of the system have the core
       if (!failure.empty()) throw Failure(std::move(failure));
     }
     if (ledger) settle_if_met(first, n);

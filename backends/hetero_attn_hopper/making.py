@@ -1,0 +1,103 @@
+"""Whether the ranks of a group can reach one another's memory, by which door, and the communicator for those that can.
+
+Every rank says the same few things over the base, so all come to the same verdict and none waits for one that has given up. Rank 0's profile
+counts for sizes and CTAs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from hetero_attn.communicator import Communicator
+from hetero_attn.profile import DeviceProfile
+from hetero_attn_hopper import plan
+from hetero_attn_hopper.abi import MAX_RANKS
+from hetero_attn_hopper.communicator import HopperCommunicator
+from hetero_attn_hopper.device import Device
+from hetero_attn_hopper.group import Ctas
+from hetero_attn_hopper.kernels import MULTIMEM, UNICAST
+from hetero_attn_hopper.layout import ALIGN, Layout
+
+MULTIMEM_CAPABILITY = (9, 0)
+# What a profile may force that only the communicator over torch.distributed has.
+FORCIBLE = {"algorithm": ("auto",), "codec": ("none", "auto")}
+
+
+def hopper_communicator(base: Communicator, profile: DeviceProfile, device: Device, door: str | None = None) -> Communicator | list[str]:
+    """The communicator, or the reasons against it, which are every rank's alike. All ranks call it together. door: one of DOORS, None = the
+    best there is. Raises CommunicatorError when a rank is lost meanwhile."""
+    reasons = _own_reasons(base, profile, device)
+    facts = {} if reasons else device.facts(base.device)
+    own = {"reasons": reasons, "facts": facts, "sizes": sizes_of(profile, base.world_size), "ctas": ctas_of(profile), "door": door}
+    told = told_by_all(base, own)
+    reasons = [f"rank {rank}: {reason}" for rank, each in enumerate(told) for reason in each["reasons"]]
+    if reasons:
+        return reasons
+    everyone = [each["facts"] for each in told]
+    reasons = [f"rank {rank}: {reason}" for rank, each in enumerate(told_by_all(base, device.objections(everyone, base.rank)))
+               for reason in each]
+    if reasons:
+        return reasons
+    layout = Layout(*told[0]["sizes"])
+    try:
+        memory = device.symmetric(base, layout, everyone)
+    except RuntimeError as error:
+        return [f"the ranks got no memory in common ({layout.size / 2**20:.0f} MiB each): {error}"]
+    lacking = told_by_all(base, not_multimem(memory.multicast, everyone[base.rank]["capability"]))
+    why = sorted({reason for each in lacking for reason in each})
+    if told[0]["door"] == MULTIMEM and why:
+        return [f"door multimem was asked for: {reason}" for reason in why]
+    door = told[0]["door"] or (UNICAST if why else MULTIMEM)
+    return HopperCommunicator(base, device, memory, layout, door, Ctas(*told[0]["ctas"]), why)
+
+
+def not_multimem(multicast: int, capability: list[int]) -> list[str]:
+    """Why the switch cannot sum for this rank."""
+    reasons = []
+    if tuple(capability) < MULTIMEM_CAPABILITY:
+        reasons.append(f"compute capability is {'.'.join(map(str, capability))}, multimem instructions need 9.0")
+    if not multicast:
+        reasons.append("the ranks' memory has no multicast address (it takes NVSwitch, and each rank a GPU of its own)")
+    return reasons
+
+
+def sizes_of(profile: DeviceProfile, world_size: int) -> list[int]:
+    """Layout's stage, room and heap by a profile."""
+    stage = profile.symmetric_stage_bytes // max(world_size // 2, 1)     # every rank reads all of everyone's
+    return [max(stage // ALIGN, 1) * ALIGN, profile.symmetric_room_bytes, profile.symmetric_heap_bytes]
+
+
+def ctas_of(profile: DeviceProfile) -> Ctas:
+    """CTAs by a profile: alone as many as communication may keep to itself, beside products what was measured."""
+    overlap = profile.overlap
+    alone = min(max(overlap.communication_units or plan.DEFAULT_CTAS, plan.MIN_CTAS), plan.MAX_CTAS)
+    beside = min(alone, plan.OVERLAPPED_CTAS)
+    return Ctas(alone, overlap.attention_ctas or beside, overlap.mlp_ctas or beside)
+
+
+def _own_reasons(base: Communicator, profile: DeviceProfile, device: Device) -> list[str]:
+    reasons = device.unavailable_reasons()
+    if base.device.type != device.type:
+        reasons = [*reasons, f"device is {base.device}, these kernels run on {device.type}"]
+    if not 2 <= base.world_size <= MAX_RANKS:
+        reasons.append(f"world size is {base.world_size}, these kernels serve 2 to {MAX_RANKS} ranks")
+    for name, harmless in FORCIBLE.items():
+        asked = getattr(profile, name, harmless[0])
+        if asked not in harmless:
+            reasons.append(f"{name} is {asked!r}, which travels over torch.distributed; say {name}: {harmless[0]}")
+    for name, count in zip(("overlap.attention_ctas", "overlap.mlp_ctas"), ctas_of(profile)[1:]):
+        if reason := plan.ctas_reason(name, count):
+            reasons.append(reason)
+    return reasons
+
+
+def told_by_all(base: Communicator, said: Any) -> list[Any]:
+    """Every rank's words, in rank order, as JSON in bytes over the base: nothing is unpickled from the wire."""
+    own = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8, device="cpu")
+    lengths = base.all_gather(torch.tensor([own.numel()], device="cpu"), sizes=[1] * base.world_size).tolist()
+    joined = bytes(base.all_gather(own, sizes=lengths).tolist())
+    starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
+    return [json.loads(joined[start : start + length]) for start, length in zip(starts, lengths)]
