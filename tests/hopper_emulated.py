@@ -24,14 +24,14 @@ class Node:
     """What the ranks share: their memory, and the flag that lets them give up together. door: whether there is a multicast address.
 
     root: where csrc/hopper's sources are (seeded faults). weak: memory at system scope is weak. stall_s: rank -> how long its blocks sleep at
-    their ends. order: of threads.
+    their ends, and behind barrier number stall_barrier. order: of threads.
     """
 
     def __init__(self, world_size: int, *, multicast: bool = True, root: Path | None = None, weak: bool = False,
-                 stall_s: dict[int, float] | None = None, order: int = 0, counted: bool = False,
+                 stall_s: dict[int, float] | None = None, stall_barrier: int = 0, order: int = 0, counted: bool = False,
                  time_limit_s: float = 60.0) -> None:
         self.world_size, self.multicast, self.root, self.weak, self.order, self.counted = world_size, multicast, root, weak, order, counted
-        self.stall_s, self.time_limit_s = stall_s or {}, time_limit_s
+        self.stall_s, self.stall_barrier, self.time_limit_s = stall_s or {}, stall_barrier, time_limit_s
         self.memory: list[torch.Tensor | None] = [None] * world_size
         self.cancelled, self.launched, self._lock = ctypes.c_int32(0), [], threading.Lock()
         self._programs: dict = {}
@@ -83,12 +83,16 @@ class EmulatedDevice:
     def shared_bytes(self, device):
         return 227 << 10
 
+    def prepare(self, kernels, device):
+        """They are compiled when they are first launched."""
+
     def launch(self, kernel, grid, block, shared_bytes, call, device):
         node = self.node
         node.launched.append((self.rank, kernel.function, grid, block))
         node.program(kernel).launch(kernel.function, grid, block, [call], shared_bytes=shared_bytes, resident=True, order=node.order,
                                     cancelled=node.cancelled, agent=self.rank if node.weak else None, time_limit_s=node.time_limit_s,
-                                    stall_s=node.stall_s.get(self.rank, 0.0))
+                                    stall_s=node.stall_s.get(self.rank, 0.0),
+                                    stall_barrier=node.stall_barrier if self.rank in node.stall_s else 0)
 
 
 def emulated_profile(**changes) -> DeviceProfile:

@@ -14,7 +14,7 @@ from hetero_attn.communicator import CommunicatorError, add_and_norm
 from hetero_attn.testing.rank_threads import on_threads
 from hetero_attn.testing.simt import forget
 
-LATE_S, TIMEOUT_S, EPS = 0.02, 5.0, 1e-5
+LATE_S, TIMEOUT_S, EPS = 0.02, 1.0, 1e-5
 
 
 def summands(world, shape, turn, dtype):

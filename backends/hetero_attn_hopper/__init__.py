@@ -1,0 +1,89 @@
+"""Hopper and other CUDA GPUs with fast links: collectives by our own kernels (csrc/hopper), attention by torch's cuDNN and FlashAttention.
+
+The communicator fuses all-reduce, residual add and RMSNorm in one kernel (TokenWeave, arXiv 2505.11329), summed by the switch where there is
+one (multimem), else through the peers' pointers. `plan`, `layout` and `abi` are pure Python; `making` is where the ranks agree; `device` is
+what another device would have to provide. Attention (`attention`, `operators`) is torch's kernels; what they do not express the profile's
+next backend serves.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hetero_attn.backend import Backend
+from hetero_attn.communicator import Communicator
+from hetero_attn.cubin import Cubin
+from hetero_attn.profile import DeviceProfile
+from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands, dtype_name
+from hetero_attn_hopper import attention
+from hetero_attn_hopper.cuda import CudaDevice
+from hetero_attn_hopper.device import Device
+from hetero_attn_hopper.kernels import cubins
+from hetero_attn_hopper.making import hopper_communicator
+from hetero_attn_hopper.operators import TorchOperators
+
+ARCH = "sm_90"
+MAX_HEAD_DIM, HEAD_STEP, PAGE_STEP = 256, 8, 256     # of FlashAttention in torch
+
+
+class HopperBackend(Backend):
+    """operators: what computes attention; device: what the communicator runs on. Tests give others."""
+
+    name = "hopper"
+    judges_lengths = False
+
+    def __init__(self, operators: TorchOperators | None = None, device: Device | None = None) -> None:
+        self.operators, self.device = operators or TorchOperators(), device or CudaDevice()
+        self._reasons: list[str] | None = None
+
+    def unavailable_reasons(self) -> list[str]:
+        if self._reasons is None:
+            self._reasons = self.operators.unavailable_reasons()
+        return list(self._reasons)
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        reasons = []
+        if spec.device != self.operators.device:
+            reasons.append(f"device is {spec.device}, torch's cuDNN and FlashAttention kernels run on {self.operators.device}")
+        if spec.dtype not in HALF_DTYPES:
+            reasons.append(f"dtype is {dtype_name(spec.dtype)}, the kernels have float16 and bfloat16; cast, or use backend 'sdpa'")
+        if spec.needs_grad:
+            reasons.append("gradients are needed, this backend serves inference; use backend 'sdpa', or torch.no_grad()")
+        if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % HEAD_STEP:
+            reasons.append(f"head_dim is {spec.head_dim}, FlashAttention takes multiples of {HEAD_STEP} up to {MAX_HEAD_DIM}; use 'sdpa'")
+        if spec.v_head_dim != spec.head_dim:
+            reasons.append(f"v_head_dim is {spec.v_head_dim}, FlashAttention wants head_dim's {spec.head_dim}; use backend 'sdpa'")
+        if spec.softcap:
+            reasons.append(f"softcap is {spec.softcap:g}, torch's kernels have none; use backend 'triton' or 'sdpa'")
+        if spec.mask is not None:
+            reasons.append(f"attn_mask is {dtype_name(spec.mask)}, FlashAttention takes none and cuDNN would round it; use backend 'sdpa'")
+        if spec.scale <= 0:
+            reasons.append(f"scale is {spec.scale:g}, the kernels want it positive; use backend 'sdpa'")
+        if spec.page_size % PAGE_STEP:
+            reasons.append(f"pages hold {spec.page_size} tokens, FlashAttention takes multiples of {PAGE_STEP}; set kv_block_size, or use "
+                           "backend 'triton' or 'sdpa'")
+        elif spec.page_size and attention.rows_see_unlike_keys(spec):
+            reasons.append("rows of a paged call see unlike keys, and FlashAttention multiplies what a row does not see by 0, which NaN "
+                           "survives: only decoding a token at a time without a window goes on pages; use backend 'triton' or 'sdpa'")
+        return reasons
+
+    def remarks(self, spec: AttentionSpec) -> list[str]:
+        if attention.rows_see_unlike_keys(spec):
+            return ["keys and values are looked through once for what is not finite, so that it stays with the rows that see it"]
+        return []
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return attention.attention(self.operators, q, k, v, spec, operands)
+
+    def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
+        return hopper_communicator(base, profile, self.device)
+
+    def kernels(self) -> list[Cubin]:
+        """Cubins for sm_90: used where a Hopper is. Making them takes NVRTC 12, no device."""
+        here = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        return cubins(ARCH, used_here=here)
+
+
+backend = HopperBackend

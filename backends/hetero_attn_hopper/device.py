@@ -34,6 +34,9 @@ class Device(Protocol):
     def shared_bytes(self, device: torch.device) -> int:
         """The most shared memory of one block."""
 
+    def prepare(self, kernels: list[KernelSource], device: torch.device) -> None:
+        """Have the kernels loaded: what a CUDA graph captures must not load anything. Raises BuildError and the driver's errors."""
+
     def launch(
         self, kernel: KernelSource, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, call: bytes, device: torch.device
     ) -> None:

@@ -40,9 +40,13 @@ def source_of(operation: str, dtype: torch.dtype, door: str) -> KernelSource:
     return KernelSource(f"hopper/{file}.cu", f"hopper_{operation}", f"{file}-{NAMES[dtype]}-{door}", defines)
 
 
+def sources(door: str) -> list[KernelSource]:
+    """Every kernel that a communicator may launch by a door."""
+    return [source_of(operation, dtype, door) for operation in FUNCTIONS for dtype in KINDS]
+
+
 def cubins(arch: str, *, used_here: bool = False) -> list[Cubin]:
     """Every file in every dtype by every door that an architecture has: multimem from sm_90 on."""
     doors = DOORS if int(arch.removeprefix("sm_").rstrip("af")) >= 90 else (UNICAST,)
-    kinds = [("all_reduce_rms_norm", dtype, door) for door in doors for dtype in KINDS]
-    kinds += [("all_reduce", dtype, door) for door in doors for dtype in KINDS]
-    return [source_of(*kind).cubin(arch, used_here=used_here) for kind in kinds]
+    files = {(kernel.name): kernel for door in doors for kernel in sources(door)}
+    return [kernel.cubin(arch, used_here=used_here) for kernel in files.values()]

@@ -6,20 +6,16 @@ counts for sizes and CTAs.
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
-import torch
-
-from hetero_attn.communicator import Communicator
+from hetero_attn.communicator import Communicator, CommunicatorError
 from hetero_attn.profile import DeviceProfile
 from hetero_attn_hopper import plan
 from hetero_attn_hopper.abi import MAX_RANKS
 from hetero_attn_hopper.communicator import HopperCommunicator
 from hetero_attn_hopper.device import Device
 from hetero_attn_hopper.group import Ctas
-from hetero_attn_hopper.kernels import MULTIMEM, UNICAST
+from hetero_attn_hopper.kernels import MULTIMEM, UNICAST, sources
 from hetero_attn_hopper.layout import ALIGN, Layout
+from hetero_attn_hopper.telling import on_all_ranks, told_by_all
 
 MULTIMEM_CAPABILITY = (9, 0)
 # What a profile may force that only the communicator over torch.distributed has.
@@ -44,6 +40,8 @@ def hopper_communicator(base: Communicator, profile: DeviceProfile, device: Devi
     layout = Layout(*told[0]["sizes"])
     try:
         memory = device.symmetric(base, layout, everyone)
+    except CommunicatorError:
+        raise
     except RuntimeError as error:
         return [f"the ranks got no memory in common ({layout.size / 2**20:.0f} MiB each): {error}"]
     lacking = told_by_all(base, not_multimem(memory.multicast, everyone[base.rank]["capability"]))
@@ -51,6 +49,12 @@ def hopper_communicator(base: Communicator, profile: DeviceProfile, device: Devi
     if told[0]["door"] == MULTIMEM and why:
         return [f"door multimem was asked for: {reason}" for reason in why]
     door = told[0]["door"] or (UNICAST if why else MULTIMEM)
+    try:
+        on_all_ranks(base, "the kernels", lambda: device.prepare(sources(door), base.device))
+    except CommunicatorError:
+        raise
+    except RuntimeError as error:
+        return [str(error)]
     return HopperCommunicator(base, device, memory, layout, door, Ctas(*told[0]["ctas"]), why)
 
 
@@ -92,12 +96,3 @@ def _own_reasons(base: Communicator, profile: DeviceProfile, device: Device) -> 
         if reason := plan.ctas_reason(name, count):
             reasons.append(reason)
     return reasons
-
-
-def told_by_all(base: Communicator, said: Any) -> list[Any]:
-    """Every rank's words, in rank order, as JSON in bytes over the base: nothing is unpickled from the wire."""
-    own = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8, device="cpu")
-    lengths = base.all_gather(torch.tensor([own.numel()], device="cpu"), sizes=[1] * base.world_size).tolist()
-    joined = bytes(base.all_gather(own, sizes=lengths).tolist())
-    starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
-    return [json.loads(joined[start : start + length]) for start, length in zip(starts, lengths)]

@@ -83,6 +83,7 @@ class Block {
 
   void run(Index at, double deadline, void (*first_step)()) {
     deadline_ = deadline;
+    barriers_ = 0;
     where = at;
     if (ledger) ledger->new_block();
     epoch_++;
@@ -99,7 +100,7 @@ class Block {
     }
     if (weak) weak->begin();
     schedule();
-    if (options.stall_s > 0) std::this_thread::sleep_for(std::chrono::duration<double>(options.stall_s));
+    if (options.stall_s > 0) stall();
     if (weak) weak->end();
     check_tail();
   }
@@ -245,8 +246,11 @@ class Block {
       f.when.block = epoch_;
     }
     counters[BARRIER]++;
+    if (++barriers_ == options.stall_barrier) stall();
     return true;
   }
+
+  void stall() const { std::this_thread::sleep_for(std::chrono::duration<double>(options.stall_s)); }
 
   static std::string describe(const Fiber& f) {
     std::string at = f.state == State::DONE ? "" : " (" + f.place.words() + ")";
@@ -282,6 +286,7 @@ class Block {
   std::unique_ptr<Stacks> stacks_;
   std::mt19937 random_;
   double deadline_ = 0;
+  int32_t barriers_ = 0;                               // that this run has passed
   uint32_t epoch_ = 0;                                 // grows with every barrier and every block: what was before it is ordered
 };
 

@@ -75,7 +75,8 @@ struct Options {                                      // hetero_attn/testing/sim
   const Region* regions;
   int32_t region_count;
   int32_t agent;                                      // which rank's launch this is, 0 to AGENTS - 1, where memory is weak; -1: it is not
-  double stall_s;                                     // each block sleeps so long at its end, before its last stores are seen
+  int32_t stall_barrier;                              // each block sleeps behind its n-th barrier, 0 = behind none,
+  double stall_s;                                     // and at its end, before its last stores are seen: so long
 };
 
 // Memory counters of one kind of access. Conflicts are wavefronts - ideal_wavefronts.

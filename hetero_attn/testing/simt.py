@@ -42,7 +42,7 @@ class _Options(ctypes.Structure):      # csrc/simt/runtime.h's Options
         ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared_bytes", ctypes.c_uint64), ("workers", ctypes.c_int32),
         ("order", ctypes.c_int32), ("resident", ctypes.c_int32), ("counted", ctypes.c_int32), ("time_limit_s", ctypes.c_double),
         ("cancelled", ctypes.c_void_p), ("regions", ctypes.c_void_p), ("region_count", ctypes.c_int32), ("agent", ctypes.c_int32),
-        ("stall_s", ctypes.c_double),
+        ("stall_barrier", ctypes.c_int32), ("stall_s", ctypes.c_double),
     ]
 
 
@@ -177,6 +177,7 @@ class Program:
         self, name: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0, order: int = 0,
         workers: int | None = None, resident: bool = False, regions: Mapping[str, tuple[int, int]] | None = None,
         time_limit_s: float = TIME_LIMIT_S, cancelled: ctypes.c_int32 | None = None, agent: int | None = None, stall_s: float = 0.0,
+        stall_barrier: int = 0,
     ) -> Counts:
         """Run one kernel. grid and block: up to three sizes. arguments: tensors (their address), ints (32 bits), floats (32 bits), and
         ctypes values or bytes for everything else (a struct by value, a 64-bit number).
@@ -184,7 +185,7 @@ class Program:
         order: how threads take turns (ORDERS). resident: all blocks at once, as blocks that wait for one another need it. regions: name ->
         (begin, end) bytes of the dynamic shared memory to count apart. time_limit_s: for threads that spin. agent: memory at system scope is
         weak, and this is the launch of that rank (csrc/simt/weak_memory.h). stall_s: how long each block sleeps at its end, before its last
-        stores are seen. Raises SimtError, BuildError.
+        stores are seen, and behind its barrier number stall_barrier (1, 2, …). Raises SimtError, BuildError.
         """
         if name not in self.kernel_names:
             raise ValueError(f"kernel is {name!r}, {self.path.name} has {', '.join(self.kernel_names)}")
@@ -194,7 +195,7 @@ class Program:
         bounds = (ctypes.c_uint32 * (2 * max(1, len(regions))))(*(edge for pair in regions.values() for edge in pair))
         options = _Options(_sizes("grid", grid), _sizes("block", block), shared_bytes, workers or len(os.sched_getaffinity(0)), order,
                            resident, self.counted, time_limit_s, None if cancelled is None else ctypes.addressof(cancelled),
-                           ctypes.addressof(bounds), len(regions), -1 if agent is None else agent, stall_s)
+                           ctypes.addressof(bounds), len(regions), -1 if agent is None else agent, stall_barrier, stall_s)
         threads = options.block[0] * options.block[1] * options.block[2]
         if not 0 < threads <= 1024:
             raise ValueError(f"block is {tuple(block)}: {threads} threads, expected 1 to 1024")

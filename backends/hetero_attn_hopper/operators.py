@@ -1,0 +1,68 @@
+"""torch's own attention kernels on CUDA as this backend calls them: cuDNN's and FlashAttention's. Tests put others with the same meaning here.
+
+What is known of FlashAttention's (aten::_flash_attention_forward, wrapped by torch.nn.attention.varlen): causal and window are aligned
+bottom-right, alibi is -slope * |i + Skv - Sq - j|, a row that sees no key gives zeros and an lse of +inf, and what a row does not see is
+multiplied by a weight of 0, which NaN survives. Never run on a device from here so far.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+OLDEST_CAPABILITY = (8, 0)
+CUDNN_CAPABILITY = (9, 0)
+
+
+class TorchOperators:
+    """The real ones."""
+
+    device = "cuda"
+
+    def unavailable_reasons(self) -> list[str]:
+        if torch.version.hip:
+            return ["torch is a ROCm build; its kernels are served by backend 'sdpa'"]
+        if torch.version.cuda is None:
+            return [f"torch {torch.__version__} has no CUDA; install a CUDA build of torch"]
+        if not torch.cuda.is_available():
+            return ["torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"]
+        if (capability := torch.cuda.get_device_capability()) < OLDEST_CAPABILITY:
+            return ["device has compute capability {}.{}, torch's FlashAttention needs 8.0; use backend 'sdpa'".format(*capability)]
+        if not torch.backends.cuda.is_flash_attention_available():
+            return ["this torch is built without FlashAttention; use backend 'sdpa'"]
+        return self.probe()
+
+    def probe(self) -> list[str]:
+        """A tiny real call of each kernel."""
+        ones = torch.ones(1, 64, 2, 64, dtype=torch.bfloat16, device=self.device)              # [B, S, H, D]
+        try:
+            out, _ = self.flash(ones, ones, ones, None, None, 64, 64, True, 0.125, (-1, -1), None, None, None)
+            dense = self.dense(*(ones.transpose(1, 2),) * 3, True, 0.125)
+        except Exception as error:
+            return [f"a tiny call of torch's FlashAttention failed: {type(error).__name__}: {str(error).splitlines()[0]}"]
+        return [] if torch.equal(out, ones) and torch.equal(dense, ones.transpose(1, 2)) else ["a tiny call gave wrong numbers"]
+
+    def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float) -> torch.Tensor:
+        """q [B, Hq, S, D], k, v [B, Hkv, ·, D] -> [B, Hq, S, D], by cuDNN's kernel where it takes the call, else FlashAttention's. is_causal is
+        torch's (top-left)."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # of the kernels that were not asked for
+            return F.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+    def flash(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None, max_q: int, max_k: int,
+        is_causal: bool, scale: float, window: tuple[int, int], slopes: torch.Tensor | None, lengths: torch.Tensor | None,
+        table: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B, S, Hq, D], or packed [T, Hq, D] with cu_q; k, v likewise, or pages with lengths and table -> (out like q, lse [B, Hq, S] or
+        [Hq, T])."""
+        further: dict[str, Any] = {} if table is None else {"block_table": table}
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, is_causal, False, scale=scale, window_size_left=window[0], window_size_right=window[1],
+            seqused_k=lengths, alibi_slopes=slopes, **further)
+        return out, lse
