@@ -1,0 +1,76 @@
+"""Attention in Triton for any GPU that Triton serves: NVIDIA from Ampere on, AMD, one source for prefill, decode and pages.
+
+`tiling` cuts a call in pure Python, `tuning` measures tiles on the device where asked to, `calls` turns tensors into launches, `launching`
+puts them on the device, and the kernels are `attention_kernel`, `combine_kernel`, `norm_kernel` and `codec_kernel`. A launcher may be
+another's: tests run the same kernels on the CPU by Triton's interpreter. Nothing imports triton before it is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hetero_attn.backend import Backend
+from hetero_attn.profile import DeviceProfile
+from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands, dtype_name
+from hetero_attn_triton import calls, tiling
+from hetero_attn_triton.launching import GpuLauncher, Launcher
+from hetero_attn_triton.tiling import MAX_HEAD_DIM, Device, Plan
+
+DTYPES = (*HALF_DTYPES, torch.float32)
+
+
+class TritonBackend(Backend):
+    """launcher: what runs the kernels, Triton's own compiler by default."""
+
+    name = "triton"
+    judges_lengths = False
+
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self.launcher = launcher or GpuLauncher()
+        self._reasons: list[str] | None = None
+
+    def unavailable_reasons(self) -> list[str]:
+        if self._reasons is None:
+            self._reasons = self.launcher.unavailable_reasons() or (self.probe() if self.launcher.probes else [])
+        return list(self._reasons)
+
+    def probe(self) -> list[str]:
+        """A tiny real call: why it did not work, [] = it did. It compiles a kernel, which takes seconds the first time."""
+        try:
+            ones = torch.ones(1, 1, 24, 32, dtype=torch.float16, device=self.launcher.device)
+            spec = AttentionSpec(self.launcher.device, torch.float16, 1, 1, 1, 24, 24, 32, 32, is_causal=True)
+            out, _ = self.attention(ones, ones, ones, spec, Operands())
+            if not torch.equal(out, ones):
+                return [f"a tiny call gave {out.flatten()[0].item()} and not 1; please report it with `hetero-attn doctor --json`"]
+        except Exception as error:
+            return [f"a tiny call failed: {type(error).__name__}: {' '.join(str(error).split())}; triton needs a C compiler (CC) too"]
+        return []
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        reasons = []
+        if spec.device != self.launcher.device:
+            reasons.append(f"device is {spec.device}, these kernels run on {self.launcher.device}; move the tensors there")
+        if spec.dtype not in DTYPES:
+            reasons.append(f"dtype is {dtype_name(spec.dtype)}, kernel has {', '.join(map(dtype_name, DTYPES))}; cast to float32")
+        for name, value in (("head_dim", spec.head_dim), ("v_head_dim", spec.v_head_dim)):
+            if value > MAX_HEAD_DIM:
+                reasons.append(f"{name} is {value}, kernel has up to {MAX_HEAD_DIM}; use backend 'sdpa'")
+        if spec.needs_grad:
+            reasons.append("gradients are needed, kernel has no backward; use backend 'sdpa', or torch.no_grad() if they are not")
+        return reasons
+
+    def notes(self) -> list[str]:
+        return ["tiles are as planned until `python -m hetero_attn_triton.tuning` has measured this device"]
+
+    def tiling(self, spec: AttentionSpec, profile: DeviceProfile) -> Plan:
+        """By the profile's numbers; on the device itself the driver's count."""
+        return tiling.plan(spec, Device.of(profile.hardware))
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        plan = tiling.plan(spec, self.launcher.hardware(q.device), self.launcher.tuned(q.device))
+        return calls.attention(self.launcher, plan, q, k, v, spec, operands)
+
+
+backend = TritonBackend

@@ -1,0 +1,191 @@
+"""How a call is cut: rows and keys of a tile, warps, pipeline stages, splits of the keys. Pure arithmetic on the spec and device numbers.
+
+A tile must fit shared memory (Q, and K and V once a stage) and the registers of its warps (sums, scores, weights); of those that fit the
+first of CANDIDATES is taken, or the one that `tuning.py` measured to be quickest on this device. Nothing here needs triton, so
+`explain --tiling` and the tests work anywhere; tests compile the kernels and hold their shared memory to `shared_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+
+from hetero_attn.spec import AttentionSpec
+
+MAX_HEAD_DIM = 256
+LEAST = 16                             # of every side of tl.dot
+DECODE_ROWS = {2: 64, 4: 16}           # bytes of the dtype -> up to so many rows (queries x heads of a group) are folded into one tile
+MAX_SPLITS = 128
+SPLIT_BLOCKS = 4                       # blocks of keys that pay for a further program, its partial result and the combining kernel
+REGISTERS = 176 * 32                   # fp32 values of a tile in a warp's lanes, of 255 each; the rest are addresses and rows
+SCRATCH = 2048                         # bytes that reductions across warps take
+ASSUMED_UNITS, ASSUMED_SHARED = 108, 101376     # where a profile says nothing: 99 K, the least among compute capabilities 8.x (8.6, 8.9)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: of Q; keys: of a block; warps that share it; stages: blocks of K and V in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"
+
+    def shared_bytes(self, dim: int, v_dim: int, element: int) -> int:
+        """The most that the compiler asks for: Q, and K and V in every stage. dim, v_dim: padded; element: bytes of the dtype."""
+        return element * (self.rows * dim + self.stages * self.keys * (dim + v_dim)) + SCRATCH
+
+    def registers(self, dim: int, v_dim: int, element: int, wide_products: bool) -> int:
+        """fp32 values a warp keeps alive through the loop: sums, scores, the weights in the dtype, and Q unless products read it from
+        shared memory."""
+        halves = self.keys + (0 if wide_products else dim)
+        return ceil(self.rows * (v_dim + self.keys + halves * element / 4) / self.warps)
+
+
+# (rows, keys, warps, stages) in order of preference: more rows read K and V less often, more keys mean fewer rescalings. What is listed
+# compiles for sm_80 and sm_90 without a spill where `fits` lets it through; which is quickest `tuning.py` measures on the device.
+PREFILL_HALF = (
+    Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 4, 3),
+    Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1),
+)
+DECODE_HALF = (
+    Tile(0, 64, 4, 3), Tile(0, 64, 4, 2), Tile(0, 128, 4, 3), Tile(0, 64, 4, 4), Tile(0, 32, 4, 3), Tile(0, 32, 4, 2), Tile(0, 16, 4, 2),
+    Tile(0, 16, 4, 1),
+)                                      # rows: as many as there are
+SINGLE = (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
+
+
+@dataclass(frozen=True)
+class Device:
+    """What planning uses of a device: streaming multiprocessors (compute units), and shared memory that one block may use, bytes."""
+
+    units: int
+    shared_memory_bytes: int
+    wide_products: bool = False        # Hopper's: operands come from shared memory, 64 rows at a time
+
+    @classmethod
+    def of(cls, hardware: Any) -> Device:
+        """A profile's numbers; where it has none, those of a small GPU that the kernels are meant for."""
+        wide = (hardware.matrix_shape or (0,))[0] >= 64
+        return cls(hardware.units or ASSUMED_UNITS, hardware.shared_memory_bytes or ASSUMED_SHARED, wide)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tile and its launch: heads are folded into rows (`heads` of them a row group), keys dealt out to `splits` programs."""
+
+    tile: Tile
+    heads: int
+    tiles: int
+    splits: int
+    dim: int                           # padded
+    v_dim: int
+    programs: int
+    shared_bytes: int
+
+    @property
+    def kind(self) -> str:
+        return "decode" if self.heads > 1 or self.tile.rows < 32 else "prefill"
+
+    def __str__(self) -> str:
+        splits = f", keys in {self.splits} splits" if self.splits > 1 else ""
+        folded = f", {self.heads} query heads folded into rows" if self.heads > 1 else ""
+        return f"triton {self.tile}{folded}: {self.programs} programs, {self.shared_bytes} B shared{splits}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        tile = self.tile
+        return {"rows": tile.rows, "keys": tile.keys, "warps": tile.warps, "stages": tile.stages, "heads": self.heads, "tiles": self.tiles,
+                "splits": self.splits, "programs": self.programs, "shared_bytes": self.shared_bytes}
+
+
+def padded(head_dim: int) -> int:
+    """The next power of two, which tl.dot and tl.arange want. Raises ValueError beyond MAX_HEAD_DIM."""
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}, the kernel has 1 to {MAX_HEAD_DIM}")
+    return max(LEAST, 1 << (head_dim - 1).bit_length())
+
+
+def folded(spec: AttentionSpec) -> bool:
+    """Whether a group's query heads are folded into rows: where a head alone would leave most of a tile empty."""
+    return spec.q_len * spec.group_size <= DECODE_ROWS.get(spec.dtype.itemsize, 0)
+
+
+def shape_class(spec: AttentionSpec) -> str:
+    """The class of calls that share a tuned tile, such as 'prefill-d128-v128-half': dimensions and dtype, not lengths."""
+    kind = "decode" if folded(spec) else "prefill"
+    element = "single" if spec.dtype == torch.float32 else "half"
+    return f"{kind}-d{padded(spec.head_dim)}-v{padded(spec.v_head_dim)}-{element}"
+
+
+def fits(tile: Tile, dim: int, v_dim: int, element: int, device: Device) -> bool:
+    """Whether a tile's shared memory and registers are there."""
+    registers = tile.registers(dim, v_dim, element, device.wide_products)
+    return tile.shared_bytes(dim, v_dim, element) <= device.shared_memory_bytes and registers <= REGISTERS
+
+
+def candidates(spec: AttentionSpec, device: Device) -> list[Tile]:
+    """Every tile that fits, in order of preference; never empty. Raises ValueError where not even the smallest fits."""
+    dim, v_dim, element = padded(spec.head_dim), padded(spec.v_head_dim), spec.dtype.itemsize
+    return list(_candidates(dim, v_dim, element, spec.q_len * spec.group_size if folded(spec) else 0, device))
+
+
+@lru_cache(maxsize=1024)
+def _candidates(dim: int, v_dim: int, element: int, rows: int, device: Device) -> tuple[Tile, ...]:
+    """rows: of a folded call, 0 for others."""
+    if rows:
+        tall = max(LEAST, 1 << (rows - 1).bit_length())
+        tiles = [Tile(tall, tile.keys, tile.warps, tile.stages) for tile in DECODE_HALF if element == 2 or tile.keys <= 64]
+    else:
+        tiles = list(PREFILL_HALF if element == 2 else SINGLE)
+    found = tuple(tile for tile in tiles if fits(tile, dim, v_dim, element, device))
+    if not found:
+        need = min(tile.shared_bytes(dim, v_dim, element) for tile in tiles)
+        raise ValueError(f"head_dim {dim} needs {need} B of shared memory, the device has {device.shared_memory_bytes}")
+    return found
+
+
+def plan(spec: AttentionSpec, device: Device, tuned: Mapping[str, Tile] | None = None) -> Plan:
+    """The call's tile and launch. tuned: shape_class -> the tile that was measured to be quickest; one that does not fit is passed over.
+
+    For a varlen call every sequence is taken to be as long as the longest."""
+    fold = folded(spec)
+    rows = spec.q_len * spec.group_size if fold else spec.q_len
+    possible = candidates(spec, device)
+    tile = possible[0]
+    chosen = None if tuned is None else tuned.get(shape_class(spec))
+    if chosen is not None:
+        chosen = Tile(tile.rows if fold else chosen.rows, chosen.keys, chosen.warps, chosen.stages)
+        dim, v_dim = padded(spec.head_dim), padded(spec.v_head_dim)
+        tile = chosen if fits(chosen, dim, v_dim, spec.dtype.itemsize, device) else tile
+    elif not fold and spec.q_len < tile.rows:                       # a short prompt fills no tall tile
+        tile = next((each for each in possible if each.rows <= max(LEAST, 2 * spec.q_len)), possible[-1])
+    return planned(spec, device, tile, fold, rows)
+
+
+def planned(spec: AttentionSpec, device: Device, tile: Tile, fold: bool, rows: int) -> Plan:
+    """The launch of a call by a given tile."""
+    dim, v_dim = padded(spec.head_dim), padded(spec.v_head_dim)
+    tiles, heads = max(1, ceil(rows / tile.rows)), spec.kv_heads if fold else spec.q_heads
+    programs = tiles * heads * spec.batch
+    resident = max(1, min(device.shared_memory_bytes // tile.shared_bytes(dim, v_dim, spec.dtype.itemsize), 4))
+    blocks = ceil(visible_keys(spec, tile) / tile.keys)
+    splits = max(1, min(device.units * resident // max(1, programs), blocks // SPLIT_BLOCKS, MAX_SPLITS))
+    return Plan(tile, spec.group_size if fold else 1, tiles, splits, dim, v_dim, programs * splits,
+                tile.shared_bytes(dim, v_dim, spec.dtype.itemsize))
+
+
+def visible_keys(spec: AttentionSpec, tile: Tile) -> int:
+    """The most keys that a tile's rows see together."""
+    left, right = spec.window_size
+    right = 0 if spec.is_causal else right
+    rows = min(spec.q_len, tile.rows)
+    return min(spec.kv_len, left + right + rows) if left >= 0 and right >= 0 else spec.kv_len
