@@ -21,6 +21,7 @@ from hetero_attn.parallel.offload import DeviceAccount, Traffic, allocated_bytes
 from hetero_attn.parallel.placement import (
     ALL_DEVICE,
     AUTO,
+    BUFFERS,
     DeviceMemoryError,
     Figures,
     Placement,
@@ -40,15 +41,16 @@ REPORTED = ("host_layers", "device_bytes", "host_bytes", "fetched", "stored", "c
 
 @dataclass
 class Placing:
-    """How one rank places its caches. ranks: of every rank, (blocks with all KV on the device, most blocks, tokens a block); () where no
-    rank has a bound. last: the placement of the newest cache."""
+    """How one rank places its caches. last: the placement of the newest cache. ranks: of every rank, blocks of a cache with all KV on the
+    device and most blocks (-1: no bound), for one sequence; by how much either is less for each further one; and tokens a block. () where
+    no rank has a bound."""
 
     asked: str | int = AUTO
     limit: int | None = None
     profile: DeviceProfile | None = None
     host_profile: DeviceProfile | None = None
     account: DeviceAccount = field(default_factory=DeviceAccount)
-    ranks: tuple[tuple[int, int, int], ...] = ()
+    ranks: tuple[tuple[int, int, int, int, int], ...] = ()
     last: Placement | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -84,7 +86,7 @@ class Placing:
         """(most tokens of a cache, those with all KV on every device), of up to `sequences` sequences, that every rank can hold."""
         bounds = []
         for column in (1, 0):
-            each = [(blocks[column] - sequences) * blocks[2] for blocks in self.ranks if blocks[column] >= 0]
+            each = [(rank[column] - sequences - (sequences - 1) * rank[2 + column]) * rank[4] for rank in self.ranks if rank[column] >= 0]
             bounds.append(max(0, min(each)) if each else None)
         return bounds[0], bounds[1]
 
@@ -134,15 +136,17 @@ def make_placing(decoder, profile: DeviceProfile, asked: str | int, limit: int |
     room, problem = figures.room, None
     if room is not None and room <= 0:
         problem = found.refusal(decoder, f"nothing of the device's memory is left for KV: {figures}", decoder.config.context_length)
-    active, blocks = room is not None or bool(isinstance(asked, int) and asked), [-1, -1]
+    active, blocks, layers = room is not None or bool(isinstance(asked, int) and asked), [-1, -1, 0, 0], decoder.config.layers
     if active:
-        most = [most_layer_bytes(decoder.config.layers, room, how, host_room()) for how in (ALL_DEVICE, asked)]
+        most = [most_layer_bytes(layers, room, how, host_room()) for how in (ALL_DEVICE, asked)]
+        logits = found.figures(decoder, 2).activations - figures.activations                      # of a sequence more
         blocks = [-1 if each is None else blocks_in(decoder, each) for each in most]
+        blocks += [-(-logits // (layer_bytes(decoder, 1) * slots)) for slots in (layers, min(layers, BUFFERS))]
     communicator = decoder.communicator
     own = torch.tensor([[int(active), int(problem is not None), *blocks, decoder.kv_block_size]], dtype=torch.int64,
                        device=communicator.device)
     if communicator.world_size > 1:
-        own = communicator.all_gather(own, sizes=[1] * communicator.world_size, site=SITE)                        # [ranks, 5]
+        own = communicator.all_gather(own, sizes=[1] * communicator.world_size, site=SITE)                        # [ranks, 7]
     every = own.tolist()
     if any(row[1] for row in every):
         raise problem or DeviceMemoryError(f"rank {[row[1] for row in every].index(1)} has no device memory left for KV")
@@ -179,15 +183,15 @@ def weights_held(account: DeviceAccount, weights: int) -> int:
 def layer_bytes(decoder, num_blocks: int) -> int:
     """K and V of one layer in a cache of so many blocks."""
     one = num_blocks * decoder.kv_block_size * len(decoder.partition.kv_heads) * decoder.config.head_dim * decoder.dtype.itemsize
-    return 2 * allocated_bytes(one, decoder.device)
+    return 2 * allocated_bytes(one, decoder.device.type)
 
 
 def blocks_in(decoder, layer_bytes: int) -> int:
     """Blocks of a cache whose K and V may take layer_bytes a layer."""
     one = decoder.kv_block_size * len(decoder.partition.kv_heads) * decoder.config.head_dim * decoder.dtype.itemsize
     blocks = layer_bytes // (2 * one)
-    while blocks > 0 and 2 * allocated_bytes(blocks * one, decoder.device) > layer_bytes:       # huge pages round up
-        blocks -= 1 + (2 * allocated_bytes(blocks * one, decoder.device) - layer_bytes) // (2 * one)
+    while blocks > 0 and 2 * allocated_bytes(blocks * one, decoder.device.type) > layer_bytes:       # huge pages round up
+        blocks -= 1 + (2 * allocated_bytes(blocks * one, decoder.device.type) - layer_bytes) // (2 * one)
     return blocks
 
 

@@ -39,7 +39,7 @@ class DeviceAccount:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised tensor on the device, which counts until it is collected."""
-        nbytes = allocated_bytes(torch.Size(shape).numel() * dtype.itemsize, device)
+        nbytes = allocated_bytes(torch.Size(shape).numel() * dtype.itemsize, device.type)
         if self.limit is not None and self.held + nbytes > self.limit:
             raise DeviceMemoryError(f"out of device memory: {shown_bytes(nbytes)} more are asked for, {shown_bytes(self.held)} of "
                                     f"{shown_bytes(self.limit)} are held")
@@ -53,9 +53,9 @@ class DeviceAccount:
         self.held -= nbytes
 
 
-def allocated_bytes(nbytes: int, device: torch.device) -> int:
+def allocated_bytes(nbytes: int, device: str) -> int:
     """What a tensor of nbytes takes: whole huge pages where it is large and on the CPU."""
-    page = host_memory.HUGE_PAGE_BYTES if device.type == "cpu" and nbytes >= host_memory.FROM_BYTES else 1
+    page = host_memory.HUGE_PAGE_BYTES if device == "cpu" and nbytes >= host_memory.FROM_BYTES else 1
     return -(-nbytes // page) * page
 
 
