@@ -61,7 +61,7 @@ def test_what_is_asked_for_is_done_or_refused():
         place(8, 10, 20, host_room=79)
     with pytest.raises(ValueError, match="9 layers on the host, the model has 8"):
         place(8, 10, None, 9)
-    assert most_layer_bytes(8, 80) == 40 and most_layer_bytes(8, 80, "all-device") == 10 and most_layer_bytes(8, 80, host_room=40) == 13
+    assert most_layer_bytes(8, 80) == 40 and most_layer_bytes(8, 80, "all-device") == 10 and most_layer_bytes(8, 80, host_room=40) == 11
     assert most_layer_bytes(8, None) is None and most_layer_bytes(8, None, 4, host_room=40) == 10
     assert str(place(6, 1, 5)) == "layers 0, 2, 4 on device, 1, 3, 5 on host"
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and str(Placement(4)) == "layers 0-3 on device"
@@ -107,6 +107,7 @@ def test_a_38b_model_at_256k_tokens_on_eight_v100():
 
 def test_the_document_shows_what_the_command_prints(capsys):
     text = (ROOT / "docs" / "cooperation.md").read_text()
+    assert "$ hetero-attn plan" in text
     for line in text.splitlines():
         if line.startswith("$ hetero-attn plan"):
             capsys.readouterr()
