@@ -49,6 +49,10 @@ class Hardware:
     ub_bytes: int | None = setting("Unified (vector) buffer, reserved part included, bytes", default=None, minimum=1)
     ub_reserved_bytes: int | None = setting("Part of the unified buffer that a kernel must leave alone, bytes", default=None, minimum=0)
     link_gbps: float | None = setting("Link between devices of one host, both directions together, GB/s (1e9 bytes)", default=None, above=0)
+    bus_gbps: float | None = setting("Copies between host memory and device, one way, GB/s (1e9 bytes)", default=None, above=0)
+    host_memory_gib: float | None = setting("Memory of the host that the device is in, for all its devices, GiB", default=None, above=0)
+    host_memory_gbps: float | None = setting("Bandwidth of that memory, for all its processors together, GB/s (1e9 bytes)", default=None,
+                                             above=0)
     disk_gbps: float | None = setting("What the disk gives in large direct reads, GB/s (1e9 bytes); for planning streamed weights",
                                       default=None, above=0)
     alignments: Alignments = field(default_factory=Alignments, metadata={"doc": "Address alignments of the on-chip buffers"})

@@ -29,6 +29,7 @@ __all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "Overlap
            "detect", "load_profile", "save_overlay", "shipped_profiles"]
 
 BACKEND_NAME = {"pattern": r"[a-z0-9][a-z0-9_-]*", "form": "lower-case letters, digits, _ and -"}
+PLACEMENT_PATTERN, PLACEMENT_FORM = r"auto|all-device|[0-9]+-host-layers", "auto, all-device, or a number as in 20-host-layers"
 NOT_INHERITED = ("name", "verified", "detect")        # a file that extends another is another device, which nobody has verified by it
 
 
@@ -80,6 +81,10 @@ class DeviceProfile:
                                         default=None, pattern=SIZE_PATTERN, form=SIZE_FORM)
     window: int | None = setting("Blocks (attention or MLP of a layer) in the streaming window; null = what is quickest within the budget",
                                  default=None, minimum=1)
+    placement: str = setting("Where a layer's KV lives: auto = on the device as far as it fits, else in host memory; all-device; or how "
+                             "many layers' KV lie in host memory", default="auto", pattern=PLACEMENT_PATTERN, form=PLACEMENT_FORM)
+    device_memory: str | None = setting("Memory of one rank's device that weights, activations and KV may take; null = all that is free "
+                                        "(on the cpu: no bound)", default=None, pattern=SIZE_PATTERN, form=SIZE_FORM)
     hardware: Hardware = field(default_factory=Hardware, metadata={"doc": "The device's numbers, each with its source beside it"})
     link: Link = field(default_factory=Link, metadata={"doc": "The link between ranks, measured by `hetero-attn tune` into the overlay"})
     overlap: Overlap = field(default_factory=Overlap, metadata={"doc": "Thresholds and sizes of the schedules"})

@@ -16,6 +16,7 @@ from hetero_attn.communicator import CommunicatorError
 from hetero_attn.jit import BuildError
 from hetero_attn.models.config import ModelError
 from hetero_attn.models.sampling import LogitsError
+from hetero_attn.parallel.placement import DeviceMemoryError
 from hetero_attn.parallel.window import WindowError
 from hetero_attn.profile import ProfileError
 from hetero_attn.registry import UnknownBackendError
@@ -31,7 +32,7 @@ class CommandFailed(RuntimeError):
     """The request was right and could not be carried out, in one line."""
 
 
-REFUSED = (CommandError, ModelError, ProfileError, UnknownBackendError, UnsupportedError)
+REFUSED = (CommandError, DeviceMemoryError, ModelError, ProfileError, UnknownBackendError, UnsupportedError)
 BROKE = (BuildError, CacheError, CommandFailed, CommunicatorError, LogitsError, MemoryError, WindowError)
 
 

@@ -66,6 +66,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                                                                "are streamed from the disk for every token")
     where.add_argument("--window", type=int, metavar="N", help="blocks of a layer (attention or MLP) that the streaming window holds "
                                                                "(default: what is quickest)")
+    where.add_argument("--placement", metavar="WHERE", help="where the layers' KV lives: auto (on the device as far as it fits, "
+                                                            "else in host memory), all-device, or how many layers' lie in host memory")
+    where.add_argument("--device-memory", metavar="SIZE", help="memory of each rank's device that weights, activations and KV may "
+                                                               "take, such as 14GiB (default: what is free)")
     where.add_argument("--timeout", type=float, metavar="SECONDS", help="longest wait for another rank (the profile's timeout_s)")
 
     faults = parser.add_argument_group("faults and networks")

@@ -11,6 +11,7 @@ from typing import Any
 from hetero_attn.cli.request import Request
 from hetero_attn.collectives.codec import Traffic
 from hetero_attn.models.generate import Generation, Piece
+from hetero_attn.parallel.placement import Placement, spread
 from hetero_attn.quantity import shown_bytes
 from hetero_attn.spec import dtype_name
 
@@ -93,15 +94,37 @@ def report_peaks(peaks: Sequence[dict[str, int]]) -> None:
               file=sys.stderr, flush=True)
 
 
+def report_placements(placements: Sequence[dict[str, int]]) -> None:
+    """A line a rank on stderr: which layers' KV lay where, and what went over the bus for it."""
+    for rank, each in enumerate(placements):
+        found = Placement(each["layers"], spread(each["layers"], each["host_layers"]))
+        sizes = f"{shown_bytes(each['device_bytes'])} of the device" + (
+            f", {shown_bytes(each['host_bytes'])} of the host; prompts stored {shown_bytes(each['stored'])} and fetched "
+            f"{shown_bytes(each['fetched'])}, decoding sent {shown_bytes(each['crossed'])}" if each["host_layers"] else "")
+        limit = f"; device memory at most {shown_bytes(each['device_peak'])} of {shown_bytes(each['device_memory'])}" if each[
+            "device_memory"] else ""
+        print(f"rank {rank}: KV of {found}: {sizes}{limit}", file=sys.stderr, flush=True)
+
+
+def placement_facts(placements: Sequence[dict[str, int]]) -> list[dict[str, Any]]:
+    """Each rank's placement for --json: the layers by number."""
+    each_host = [spread(each["layers"], each["host_layers"]) for each in placements]
+    return [{name: value for name, value in each.items() if name != "layers"}
+            | {"host_layers": list(host), "device_layers": list(Placement(each["layers"], host).device)}
+            for each, host in zip(placements, each_host)]
+
+
 def report_json(
     request: Request, results: Sequence[Generation], load_s: float, traffic: Traffic | None = None, peaks: Sequence[dict[str, int]] = (),
+    placements: Sequence[dict[str, int]] = (),
 ) -> None:
     """The one object on stdout; results are in the prompts' (or turns') order. traffic: of rank 0's codecs, if it has any. peaks: bytes of
-    every rank, under `memory`."""
+    every rank, under `memory`; placements: where each rank's KV lay, [] where nothing bounded it."""
     facts = {
         "model": str(request.model), "profile": request.profile.name, "backend": request.runs_on, "device": request.profile.device,
         "dtype": dtype_name(request.dtype), "vocabulary": request.vocabulary, "tp": request.tp, "seed": request.params.seed,
         "load_s": load_s, **speed(results), "codec": codec_facts(traffic), "memory": list(peaks),
+        "placement": placement_facts(placements),
         "results": [_as_dict(place, result) for place, result in enumerate(results)],
     }
     json.dump(facts, sys.stdout, ensure_ascii=False)

@@ -6,6 +6,7 @@ import argparse
 
 EPILOG = """examples:
   hetero-attn plan MODEL --profile v100 --tp 4 --context 8192
+  hetero-attn plan examples/shapes/pangu-38b --profile v100 --tp 8 --context 262144       KV of some layers in host memory
   hetero-attn plan MODEL --profile edge --tp 8 --memory 1GiB --link 1ms,300Mbit \\
       --set hardware.memory_gbps=20 --set hardware.disk_gbps=0.5
   hetero-attn plan MODEL --hosts hosts.yaml             unlike ranks, each with its profile, device and memory"""
@@ -24,6 +25,11 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--hosts", metavar="FILE", help="hosts.yaml: profile, device and memory of each rank, and the link")
     parser.add_argument("--context", type=int, metavar="C", help="tokens that the KV cache is to hold (default: 2048)")
     parser.add_argument("--memory", metavar="SIZE", help="memory that each rank may use, such as 3GiB (default: the device's)")
+    parser.add_argument("--device-memory", metavar="SIZE", help="memory of each rank's device, beside the host's own: what KV does not fit "
+                                                                "lies in host memory (as generate has it)")
+    parser.add_argument("--placement", metavar="WHERE", help="auto, all-device, or how many layers' KV lie in host memory (default: the "
+                                                             "profile's)")
+    parser.add_argument("--per-host", type=int, metavar="N", help="ranks of one host, which share its memory (default: all)")
     parser.add_argument("--link", metavar="LATENCY,RATE", help="the link between ranks, such as 1ms,300Mbit (default: as measured by tune)")
     parser.add_argument("--vocabulary", choices=["sharded", "master"], help="default: the profile's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile value (repeatable)")
@@ -44,6 +50,7 @@ def run(args) -> int:
 
 def _hosts(args):
     from hetero_attn.cli.errors import CommandError
+    from hetero_attn.cli.request import placement_sets
     from hetero_attn.models.hosts import Host, Hosts, read_hosts
     from hetero_attn.profile import load_profile
     from hetero_attn.quantity import parse_bytes
@@ -51,21 +58,25 @@ def _hosts(args):
     if args.context is not None and args.context < 1:
         raise CommandError(f"--context is {args.context}, expected at least 1 token")
     if args.hosts:
-        for name in ("profile", "tp", "memory", "link"):
+        for name in ("profile", "tp", "memory", "device_memory", "placement", "per_host", "link"):
             if getattr(args, name) is not None:
-                raise CommandError(f"--{name} is for ranks that are alike; with --hosts it stands in the file")
+                raise CommandError(f"--{name.replace('_', '-')} is for ranks that are alike; with --hosts it stands in the file")
         if args.set:
             raise CommandError("--set is for ranks that are alike; with --hosts it stands in the file, under `set`")
         return read_hosts(args.hosts)
     count = 1 if args.tp is None else args.tp
     if count < 1:
         raise CommandError(f"--tp is {args.tp}, expected at least 1")
-    profile = load_profile(args.profile, sets=args.set, world_size=count)
+    each = count if args.per_host is None else args.per_host
+    if each < 1:
+        raise CommandError(f"--per-host is {args.per_host}, expected at least 1 rank")
+    profile = load_profile(args.profile, sets=[*args.set, *placement_sets(args.placement, args.device_memory)], world_size=count)
     try:
         memory = None if args.memory is None else parse_bytes(args.memory)
     except ValueError as error:
         raise CommandError(f"--memory: {error}") from None
-    return Hosts((Host(profile, profile.device, memory),) * count, None if args.link is None else link_of(args.link))
+    hosts = tuple(Host(profile, profile.device, memory, f"host {rank // each}" if count > each else "") for rank in range(count))
+    return Hosts(hosts, None if args.link is None else link_of(args.link))
 
 
 def link_of(text: str):
@@ -88,6 +99,8 @@ def link_of(text: str):
 
 def as_json(found) -> dict:
     """Everything, bytes and seconds."""
+    from hetero_attn.cli.plan_cooperation import facts
+
     ranks = []
     for each in found.ranks:
         part = each.partition
@@ -98,13 +111,17 @@ def as_json(found) -> dict:
             "activations": each.activations, "process": each.process, "total": each.total, "memory": each.memory,
             "compute_s": each.compute_s, "disk_s": each.disk_s,
         })
+        if each.placement is not None:
+            ranks[-1] |= {"device_layers": list(each.placement.device), "host_layers": list(each.placement.host),
+                          "host_bytes": each.placement.host_bytes}
     return {"ranks": ranks, "context": found.context, "largest_context": found.largest_context, "first_token_s": found.first_token_s,
             "token_s": found.token_s, "reduce_s": found.reduce_s, "alone_s": found.alone_s, "algorithm": found.algorithm,
-            "remarks": list(found.remarks)}
+            "remarks": list(found.remarks), "cooperation": None if found.cooperation is None else facts(found.cooperation)}
 
 
 def as_text(found) -> str:
     """The table and the lines below it."""
+    from hetero_attn.cli.plan_cooperation import text
     from hetero_attn.models.planning import PROMPT
     from hetero_attn.quantity import shown_bytes, shown_seconds
 
@@ -124,4 +141,6 @@ def as_text(found) -> str:
               f"first token of a prompt of {PROMPT}: {shown_seconds(found.first_token_s)}; each further one {shown_seconds(found.token_s)}"
               + (f", of which sums between ranks {shown_seconds(found.reduce_s)} ({found.algorithm})" if found.reduce_s else "")
               + (f"; one rank alone {shown_seconds(found.alone_s)}" if found.alone_s and len(found.ranks) > 1 else "")]
+    if found.cooperation is not None:
+        lines += text(found.cooperation)
     return "\n".join([*lines, *found.remarks])

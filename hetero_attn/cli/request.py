@@ -25,10 +25,12 @@ from hetero_attn.models.config import DTYPES, ModelConfig
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import CACHE_TOKENS, MAX_BATCH, generation_config, new_token_limit, prompt_ids
 from hetero_attn.models.load import open_model, own_partition
+from hetero_attn.models.placing import check_placement
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.shard_folder import rank_folder
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.models.weights import Checkpoint
+from hetero_attn.parallel.placement import parse, shown
 from hetero_attn.parallel.sharding import Partition
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.profile_detect import present_device
@@ -80,6 +82,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     config, checkpoint = open_model(folder)
     profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=Path(args.model).resolve().name)
     device = present_device(args.device if args.device is not None else profile.device)
+    check_placement(profile, config, streams=profile.memory_budget is not None or profile.window is not None)
     if profile.codec == CALIBRATED and world_size > 1 and rank == 0:
         find_calibration(profile, config, world_size, device)
     if device.type != profile.device:
@@ -165,10 +168,28 @@ def _sets(args) -> list[str]:
         if args.window < 1:
             raise CommandError(f"--window is {args.window}, expected at least 1 block")
         sets.append(f"window={args.window}")
+    sets += placement_sets(args.placement, args.device_memory)
     if args.timeout is not None:
         if not 0 < args.timeout <= LONGEST_TIMEOUT_S:
             raise CommandError(f"--timeout is {args.timeout:g}, expected seconds: above 0, at most {LONGEST_TIMEOUT_S}")
         sets.append(f"timeout_s={args.timeout:f}")                # YAML takes 1e-05 for a string
+    return sets
+
+
+def placement_sets(placement: str | None, device_memory: str | None) -> list[str]:
+    """--placement and --device-memory as profile settings. Raises CommandError."""
+    sets = []
+    if placement is not None:
+        try:
+            sets.append(f"placement={shown(parse(placement))}")
+        except ValueError as error:
+            raise CommandError(f"--placement: {error}") from None
+    if device_memory is not None:
+        try:
+            parse_bytes(device_memory)
+        except ValueError as error:
+            raise CommandError(f"--device-memory: {error}") from None
+        sets.append(f"device_memory={device_memory.strip()}")
     return sets
 
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import resource_tracker
+from typing import Any
 
 import torch
 
 from hetero_attn.cli.chat import converse
 from hetero_attn.cli.errors import REFUSED, CommandError, CommandFailed, report
-from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_speed
+from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_placements, report_speed
 from hetero_attn.cli.progress import ByteProgress
 from hetero_attn.cli.request import Request, as_prompts
 from hetero_attn.collectives import init_communicator, rendezvous
@@ -28,6 +29,7 @@ from hetero_attn.models.control import Driver, serve
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import Generation, Piece, generate
 from hetero_attn.models.load import load_model
+from hetero_attn.models.placing import gather_placements
 from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.parallel.challenge import challenge
@@ -36,7 +38,8 @@ from hetero_attn.parallel.trace import Recorder, gather_events, meet, write_trac
 from hetero_attn.registry import use_backend
 
 RESTARTS = 3                    # of ranks started here
-NOT_AGAIN = ("ModelError", "CommandError", "ProfileError", "UnsupportedError", "WindowError", "LogitsError")    # what a restart cannot mend
+NOT_AGAIN = ("ModelError", "CommandError", "ProfileError", "DeviceMemoryError", "UnsupportedError", "WindowError",
+             "LogitsError")     # what a restart cannot mend
 
 
 def work(request: Request) -> int:
@@ -64,6 +67,7 @@ def work(request: Request) -> int:
         if not first:
             serve(model)
             gather_peaks(model)
+            gather_placements(model)
             if request.trace is not None:
                 gather_events(model.recorder, communicator)
             return 0
@@ -76,12 +80,12 @@ def work(request: Request) -> int:
                 raise
             error = refused                                    # the other ranks were released: an orderly end for all
         # The last words with the others, however it ended: they ask for them in this order.
-        peaks = gather_peaks(model)
+        peaks, placements = gather_peaks(model), gather_placements(model)
         events = None if request.trace is None else gather_events(model.recorder, communicator)
     if error is not None:
         return report(error)
     try:
-        summarise(request, results, load_s, model, peaks)
+        summarise(request, results, load_s, model, peaks, placements)
         if events is not None:
             write_trace(request.trace, events)
             print(f"trace: {request.trace}", file=sys.stderr, flush=True)
@@ -122,14 +126,19 @@ def drive(driver: Driver, request: Request) -> tuple[list[Generation], RestartLo
     return results, log
 
 
-def summarise(request: Request, results: list[Generation], load_s: float, model: Decoder, peaks: list[dict[str, int]]) -> None:
-    """What rank 0 says at the end, when the others have been released. peaks: the memory that each rank has held."""
+def summarise(
+    request: Request, results: list[Generation], load_s: float, model: Decoder, peaks: list[dict[str, int]],
+    placements: list[dict[str, Any]],
+) -> None:
+    """What rank 0 says at the end, when the others have been released. peaks: the memory that each rank has held; placements: where each
+    rank's KV lay."""
     codecs = model.communicator.codecs
     traffic = None if codecs is None else codecs.traffic
     if request.json:
-        report_json(request, results, load_s, traffic, peaks)
+        report_json(request, results, load_s, traffic, peaks, placements)
     report_speed(request, results)
     report_peaks(peaks)
+    report_placements(placements)
     if traffic is not None and traffic.sites:
         print(f"codec, on rank 0: {traffic.summary()}", file=sys.stderr, flush=True)
 

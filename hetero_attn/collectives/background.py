@@ -31,7 +31,8 @@ class FutureHandle(Handle):
 class CommunicationThread:
     """A queue of calls and the thread that does them in order. The thread starts with the first call and is a daemon."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "hetero-attn-communication") -> None:
+        self._name = name
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -51,7 +52,7 @@ class CommunicationThread:
         with self._lock:
             self._unfinished += 1
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="hetero-attn-communication", daemon=True)
+            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
         self._calls.put((future, call, modes))
         return FutureHandle(future)

@@ -1,7 +1,7 @@
 """Self-attention of one layer, of this rank's heads: project, rotate, store in the pages, attend, project back.
 
-Prefill, chunked prefill, decode and mixed batches are the same four lines: every new token's K and V go into the pages first, then one
-paged, causal, bottom-right attention call reads them back together with the past.
+Prefill, chunked prefill, decode and mixed batches are the same four lines: the cache puts every new token's K and V into the pages first,
+then one paged, causal, bottom-right attention call reads them back together with the past, wherever a layer's pages lie.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from hetero_attn.models.cache import PagedCache, Step
 from hetero_attn.models.config import ModelConfig
 from hetero_attn.models.norm import RMSNorm
 from hetero_attn.models.rope import rotate
-from hetero_attn.ops import attention_varlen
 from hetero_attn.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from hetero_attn.parallel.sharding import Partition, Shard, features
 
@@ -56,11 +55,8 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(qk[:, : self.q_heads]), self.k_norm(qk[:, self.q_heads :])), dim=1)
         qk = rotate(qk, *rotary)
         q, k = qk[:, : self.q_heads], qk[:, self.q_heads :]
-        cache.write(self.layer, k, v, step.slots)
-        seen = attention_varlen(
-            q, cache.k[self.layer], cache.v[self.layer], step.cu_seqlens_q, None, step.max_seqlen_q, step.max_seqlen_k,
-            block_table=step.block_table, seqused_k=step.seqused_k,
-            is_causal=True, scale=self.scale, window_size=self.window_size, softcap=self.softcap or None,
+        seen = cache.attend(
+            self.layer, q, k, v, step, is_causal=True, scale=self.scale, window_size=self.window_size, softcap=self.softcap or None,
         )
         return seen.flatten(-2)
 

@@ -10,12 +10,18 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from hetero_attn import host_memory
 from hetero_attn.models.config import ModelError
+from hetero_attn.ops import attention_varlen
+from hetero_attn.parallel.offload import DeviceAccount, HostLayers, Traffic
+from hetero_attn.parallel.placement import Placement, attends_on_host, runs_of
+from hetero_attn.profile import DeviceProfile
 
 
 class CacheFull(RuntimeError):
@@ -34,6 +40,8 @@ class Step:
     slots        [T] int64            block * block_size + offset where each token's K and V are stored
     logits_at    [N] int64            rows of the packed batch that want logits
     counts, lengths   B numbers each  new tokens and keys of each sequence, as cu_seqlens_q and seqused_k have them, on the host
+    asked        B numbers            new tokens of each sequence in the whole pass, of which a part may have fewer
+    host         the same step with its tensors in host memory; None where these are
     """
 
     tokens: torch.Tensor | None
@@ -47,11 +55,26 @@ class Step:
     max_seqlen_k: int
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
+    asked: tuple[int, ...] = ()
+    block_size: int = 1
+    host: Step | None = None
 
     @property
     def total_q(self) -> int:
         """T, the packed tokens of this step."""
         return self.positions.shape[0]
+
+    @property
+    def on_host(self) -> Step:
+        """This step with its tensors in host memory."""
+        return self.host or self
+
+    def to(self, device: torch.device) -> Step:
+        """This step, which is on the host, with its tensors on the device."""
+        if device.type == "cpu":
+            return self
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved, host=self)
 
     def part(self, rows: range) -> Step:
         """Those rows of the packed batch as a step of their own, without tokens and logits.
@@ -60,6 +83,7 @@ class Step:
         there; one that goes on after them is seen up to their last token. So attention over the parts in order is attention over the step.
         """
         kept, counts, lengths, begin = [], [], [], 0
+        host = None if self.host is None else self.host.part(rows)
         for sequence, (count, length) in enumerate(zip(self.counts, self.lengths)):
             end = begin + count
             first, last = max(begin, rows.start), min(end, rows.stop)
@@ -81,14 +105,67 @@ class Step:
             max_seqlen_k=max(lengths),
             counts=tuple(counts),
             lengths=tuple(lengths),
+            asked=tuple(self.asked[each] for each in kept),
+            block_size=self.block_size,
+            host=host,
         )
+
+    # ---- for layers whose KV lies in host memory (hetero_attn/parallel/offload.py) --------------------------------------
+
+    @cached_property
+    def near(self) -> tuple[int, ...]:
+        """The sequences (places in this step) that the host's processor attends there."""
+        return tuple(place for place, count in enumerate(self.asked) if attends_on_host(count))
+
+    @cached_property
+    def far(self) -> tuple[int, ...]:
+        """The others, which the device attends."""
+        return tuple(place for place, count in enumerate(self.asked) if not attends_on_host(count))
+
+    def among(self, sequences: tuple[int, ...]) -> tuple[torch.Tensor, Step]:
+        """Those sequences' rows of the packed batch, and the step of them alone."""
+        if sequences not in self._among:
+            ends = list(itertools.accumulate(self.counts))
+            rows = [row for each in sequences for row in range(ends[each] - self.counts[each], ends[each])]
+            counts, lengths = [self.counts[each] for each in sequences], [self.lengths[each] for each in sequences]
+            device, chosen = self.positions.device, torch.tensor(rows, device=self.positions.device)
+            own = replace(
+                self, tokens=None, positions=self.positions[chosen], slots=self.slots[chosen], logits_at=self.logits_at[:0],
+                cu_seqlens_q=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
+                block_table=self.block_table[list(sequences)], seqused_k=self.seqused_k[list(sequences)], max_seqlen_q=max(counts),
+                max_seqlen_k=max(lengths), counts=tuple(counts), lengths=tuple(lengths),
+                asked=tuple(self.asked[each] for each in sequences),
+                host=None if self.host is None else self.host.among(sequences)[1],
+            )
+            self._among[sequences] = chosen, own
+        return self._among[sequences]
+
+    @cached_property
+    def _among(self) -> dict[tuple[int, ...], tuple[torch.Tensor, Step]]:
+        return {}                                              # asked for anew by every layer
+
+    @cached_property
+    def touched(self) -> list[range]:
+        """The blocks that this step's tokens lie in, as runs."""
+        return runs_of(self.on_host.slots.div(self.block_size, rounding_mode="floor").unique().tolist())
+
+    def held(self, window: int | None = None) -> list[range]:
+        """The blocks of earlier tokens that the far sequences' tokens see in a layer of that window, as runs."""
+        blocks = []
+        for each in self.far:
+            past = self.lengths[each] - self.counts[each]
+            first = 0 if window is None else max(0, past - window + 1)
+            if first < past:
+                blocks += self.on_host.block_table[each, first // self.block_size : -(-past // self.block_size)].tolist()
+        return runs_of(sorted(blocks))
 
 
 class PagedCache:
     """Pages k[layer], v[layer] of [num_blocks, block_size, kv_heads, head_dim], and the sequences that own them.
 
     `kv_heads` is this rank's number. Windowed layers share the table (their old blocks are kept). Pages are not cleared: attention
-    never reads past a sequence's length.
+    never reads past a sequence's length. placement: the layers whose pages lie in host memory (None: none); account: what the others are
+    taken from; windows, host_profile, traffic: as HostLayers has them, which is `offloaded` (None: no such layer).
     """
 
     def __init__(
@@ -103,6 +180,11 @@ class PagedCache:
         device: torch.device | str = "cpu",
         max_sequences: int,
         context_length: int,
+        placement: Placement | None = None,
+        account: DeviceAccount | None = None,
+        windows: Sequence[int | None] = (),
+        host_profile: DeviceProfile | None = None,
+        traffic: Traffic | None = None,
     ):
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size), ("max_sequences", max_sequences)):
             if value < 1:
@@ -110,9 +192,14 @@ class PagedCache:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.max_sequences, self.context_length = max_sequences, context_length
         self.device = torch.device(device)
-        shape = (num_blocks, block_size, kv_heads, head_dim)
-        self.k = [host_memory.empty(shape, dtype, self.device) for _ in range(layers)]
-        self.v = [host_memory.empty(shape, dtype, self.device) for _ in range(layers)]
+        self.placement, account = placement or Placement(layers), account or DeviceAccount()
+        shape, self.offloaded = (num_blocks, block_size, kv_heads, head_dim), None
+        if self.placement.host:
+            self.offloaded = HostLayers(self.placement, shape, dtype, self.device, account=account, windows=windows,
+                                        profile=host_profile, traffic=traffic)
+        on_host = set(self.placement.host)
+        self.k, self.v = ([pages[layer] if layer in on_host else account.empty(shape, dtype, self.device) for layer in range(layers)]
+                          for pages in ((self.offloaded.k, self.offloaded.v) if self.offloaded else ({}, {})))
         self._free = list(range(num_blocks - 1, -1, -1))          # popped from the end: block 0 goes first
         self._blocks: dict[int, array[int]] = {}                  # sequence id -> its blocks, in order; C ints, copied whole into tables
         self._lengths: dict[int, int] = {}
@@ -178,7 +265,7 @@ class PagedCache:
             raise ValueError(f"step: counts must be at least 1, got {counts}; leave sequences without new tokens out")
         total = sum(counts)
         if tokens is not None:
-            tokens = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
+            tokens = torch.as_tensor(tokens, dtype=torch.int64).to("cpu")
             if tokens.shape != (total,):
                 raise ValueError(f"step: tokens have shape {list(tokens.shape)}, counts {counts} ask for [{total}]")
         self._reserve(ids, counts)
@@ -196,16 +283,33 @@ class PagedCache:
             row[:len(self._blocks[sequence])] = torch.frombuffer(self._blocks[sequence], dtype=torch.int32)
         return Step(
             tokens=tokens,
-            positions=self._tensor(positions, torch.int64),
-            cu_seqlens_q=self._tensor(cu_seqlens, torch.int32),
-            block_table=table.to(self.device),
-            seqused_k=self._tensor(lengths, torch.int32),
-            slots=self._tensor(slots, torch.int64),
-            logits_at=self._tensor([end - 1 for end in cu_seqlens[1:]] if last_only else range(total), torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int64),
+            cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32),
+            block_table=table,
+            seqused_k=torch.tensor(lengths, dtype=torch.int32),
+            slots=torch.tensor(slots, dtype=torch.int64),
+            logits_at=torch.tensor([end - 1 for end in cu_seqlens[1:]] if last_only else range(total), dtype=torch.int64),
             max_seqlen_q=max(counts),
             max_seqlen_k=max(lengths),
             counts=tuple(counts),
             lengths=tuple(lengths),
+            asked=tuple(counts),
+            block_size=self.block_size,
+        ).to(self.device)
+
+    def running(self, step: Step) -> AbstractContextManager:
+        """Around a forward pass of the whole step, layer after layer: what lies on the host is fetched ahead."""
+        return nullcontext() if self.offloaded is None else self.offloaded.running(step)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, **options: Any) -> torch.Tensor:
+        """Stores k, v [T, kv_heads, head_dim] of the step's tokens, and attends with q [T, q_heads, head_dim] over their sequences' pages
+        -> [T, q_heads, head_dim]. options: attention_varlen's."""
+        if self.offloaded is not None and layer in self.offloaded.k:
+            return self.offloaded.attend(layer, q, k, v, step, options)
+        self.write(layer, k, v, step.slots)
+        return attention_varlen(
+            q, self.k[layer], self.v[layer], step.cu_seqlens_q, None, step.max_seqlen_q, step.max_seqlen_k,
+            block_table=step.block_table, seqused_k=step.seqused_k, **options,
         )
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
@@ -233,6 +337,3 @@ class PagedCache:
     def _known(self, sequence: int) -> None:
         if sequence not in self._lengths:
             raise ValueError(f"sequence {sequence} is not in the cache, which holds {sorted(self._lengths)}")
-
-    def _tensor(self, values, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)

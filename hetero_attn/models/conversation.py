@@ -98,6 +98,13 @@ class Conversation:
             if sequence.final_length > most:         # the context was checked before
                 raise ModelError(f"the conversation needs {sequence.final_length} tokens of cache, the memory budget leaves room for "
                                  f"{most}; begin anew, ask for fewer new tokens, or raise --memory-budget")
+            placing = getattr(self._driver.model, "placing", None)
+            held = placing.tokens(1)[0] if placing is not None and placing.ranks else None
+            if held is not None:
+                most = min(most, held)
+                if sequence.final_length > most:
+                    raise placing.refusal(self._driver.model, f"the conversation needs {sequence.final_length} tokens of KV cache, memory "
+                                                              f"holds {most}", sequence.final_length)
             self._capacity = min(max(FIRST_CACHE_TOKENS, 2 * sequence.final_length), most)
             self._driver.new_cache(self._capacity, 1)
         elif self._cache_id is not None:

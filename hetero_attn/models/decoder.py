@@ -9,7 +9,8 @@ Beside those, communication happens in the embedding and in the head, and nowher
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from hetero_attn.models.moe import MixtureOfExperts
 from hetero_attn.models.norm import RMSNorm
 from hetero_attn.models.rope import RotaryEmbedding
 from hetero_attn.parallel.linear import VocabularyEmbedding, VocabularyHead
+from hetero_attn.parallel.placement import out_of_memory_text
 from hetero_attn.parallel.schedule import Block, CommunicationLane, SumNorm, run_blocks
 from hetero_attn.parallel.schedule_choice import Schedule
 from hetero_attn.parallel.schedule_order import Cut
@@ -88,10 +90,11 @@ class Decoder(nn.Module):
 
     config, communicator, partition, vocabulary ('sharded' | 'master'), dtype, device and profile (may be None) are attributes; so are
     schedule, which cuts a step's rows (the same on every rank), and recorder (None), which takes down what ran when. memory and window
-    are the plan and the WeightWindow of a model that streams its weights (models/budget.py), else None.
+    are the plan and the WeightWindow of a model that streams its weights (models/budget.py), else None. placing says where a cache's
+    layers lie (models/placing.py); None: all on the device.
     """
 
-    memory = window = None
+    memory = window = placing = None
 
     def __init__(
         self,
@@ -136,10 +139,20 @@ class Decoder(nn.Module):
                 module.rms_norm = backend.rms_norm
 
     def new_cache(self, max_tokens: int, max_sequences: int) -> PagedCache:
-        """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences."""
+        """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences.
+
+        Raises DeviceMemoryError where the device, or the host beside it, has no room for it.
+        """
+        num_blocks, placed = PagedCache.blocks_for(max_tokens, max_sequences, self.kv_block_size), {}
+        if self.placing is not None:
+            placed = self.placing.of_cache(self, num_blocks, max_sequences)
+        with self.out_of_memory(max_tokens):
+            return self._cache(num_blocks, max_sequences, placed)
+
+    def _cache(self, num_blocks: int, max_sequences: int, placed: dict[str, Any]) -> PagedCache:
         return PagedCache(
             layers=self.config.layers,
-            num_blocks=PagedCache.blocks_for(max_tokens, max_sequences, self.kv_block_size),
+            num_blocks=num_blocks,
             block_size=self.kv_block_size,
             kv_heads=len(self.partition.kv_heads),
             head_dim=self.config.head_dim,
@@ -147,16 +160,27 @@ class Decoder(nn.Module):
             device=self.device,
             max_sequences=max_sequences,
             context_length=self.config.context_length,
+            **placed,
         )
+
+    @contextmanager
+    def out_of_memory(self, tokens: int) -> Iterator[None]:
+        """An allocator's refusal in the block becomes a DeviceMemoryError that says what to do. tokens: of the cache."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.placing is None or out_of_memory_text(error) is None:
+                raise
+            raise self.placing.refusal(self, out_of_memory_text(error), tokens) from error
 
     @torch.no_grad()
     def forward(self, step: Step, cache: PagedCache) -> torch.Tensor | None:
         """Runs the T packed tokens of `step`, filling the cache -> logits [N, vocab] fp32 of the rows step.logits_at.
 
         All ranks call it with the same step (under 'master', workers' tokens may be None, and they get None). Raises
-        CommunicatorError when a rank is lost, UnsupportedError when no backend runs the attention.
+        CommunicatorError when a rank is lost, UnsupportedError when no backend runs the attention, DeviceMemoryError.
         """
-        with self.choosing():
+        with self.choosing(), self.out_of_memory(cache.num_blocks * cache.block_size), cache.running(step):
             rotary = self.rotary(step.positions, self.dtype)
             cut = self.schedule.cut(step.counts, step.lengths)
             if cut is not None:

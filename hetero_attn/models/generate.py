@@ -23,6 +23,7 @@ from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.text_stream import StopFilter, StreamingDecoder
 from hetero_attn.models.tokenizer import Tokenizer
+from hetero_attn.parallel.placement import shown
 
 MAX_BATCH = 32                  # sequences that run together, unless the caller says otherwise
 CACHE_TOKENS = 32768            # tokens the cache holds, unless the caller says otherwise or one sequence alone needs more
@@ -116,7 +117,7 @@ class GenerationStream:
             memory = getattr(model, "memory", None)
             if cache_tokens is None and memory is not None and memory.budget is not None:
                 cache_tokens = memory.tokens                     # what the memory budget left room for
-            self.cache_tokens = _cache_tokens(running, max_batch, cache_tokens)
+            self.cache_tokens = _cache_tokens(model, running, max_batch, cache_tokens)
             record = None if log is None else log.record
             self._pieces = _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, self.cache_tokens, record)
         except BaseException:
@@ -307,7 +308,7 @@ def generation_config(path: str | Path) -> dict:
     return read_json(Path(path) / "generation_config.json", optional=True)
 
 
-def _cache_tokens(sequences: SequenceOf[Sequence], max_batch: int, asked: int | None) -> int:
+def _cache_tokens(model, sequences: SequenceOf[Sequence], max_batch: int, asked: int | None) -> int:
     """Tokens to make the cache for: what runs together needs, within bounds, and at least what the longest needs alone."""
     needs = sorted((sequence.final_length for sequence in sequences), reverse=True)
     if not needs:
@@ -315,4 +316,12 @@ def _cache_tokens(sequences: SequenceOf[Sequence], max_batch: int, asked: int | 
     if asked is not None and asked < needs[0]:
         raise ModelError(f"a prompt with its new tokens needs a cache of {needs[0]} tokens, cache_tokens is {asked}; "
                          "raise it (a memory budget's is load_model's), or ask for fewer new tokens")
-    return min(sum(needs[:max_batch]), max(needs[0], asked or CACHE_TOKENS))
+    usual, placing = CACHE_TOKENS, getattr(model, "placing", None)
+    if placing is not None and placing.ranks:
+        most, on_device = placing.tokens(min(max_batch, len(needs)))
+        if most is not None and needs[0] > most:
+            raise placing.refusal(model, f"a prompt with its new tokens needs a KV cache of {needs[0]} tokens, memory holds {most} "
+                                         f"(placement {shown(placing.asked)})", needs[0])
+        # Sequences rather wait for one another than have all of them attended by the host.
+        usual = usual if on_device is None else min(usual, on_device)
+    return min(sum(needs[:max_batch]), max(needs[0], asked or usual))

@@ -3,7 +3,7 @@
     link: {latency_ms: 1, bandwidth_mbps: 300, message_ms: 0.2}     # or measured by `hetero-attn tune` (leave it out)
     ranks:
       - {profile: edge, memory: 3GiB, set: {hardware.memory_gbps: 20, hardware.disk_gbps: 0.5, hardware.fp32_tflops: 0.2}}
-      - {profile: v100, device: "cuda:0"}
+      - {profile: v100, device: "cuda:0", host: big}               # ranks of one host share its memory and its processors
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from hetero_attn.models.config import ModelError
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.quantity import parse_bytes
 
-TOP, RANK = ("ranks", "link"), ("profile", "device", "memory", "set")
+TOP, RANK = ("ranks", "link"), ("profile", "device", "host", "memory", "set")
 LINK = ("latency_ms", "bandwidth_mbps", "message_ms", "crowd_ms", "root_mbps")
 
 
 @dataclass(frozen=True)
 class Host:
-    """One rank: its resolved profile, where it runs, and bytes of memory it may use (None: all that the device has)."""
+    """One rank: its resolved profile, where it runs, bytes of memory it may use (None: all that the device has), and the machine that its
+    device is in ('': the one of all ranks that do not say)."""
 
     profile: DeviceProfile
     device: str
     memory: int | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def _host(path: str | Path, number: int, given: Any) -> Host:
         memory = None if given.get("memory") is None else parse_bytes(str(given["memory"]))
     except ValueError as error:
         raise ModelError(f"{path}: {where}.memory: {error}") from None
-    return Host(profile, str(device), memory)
+    return Host(profile, str(device), memory, str(given.get("host", "")))
 
 
 def _link(path: str | Path, given: Any) -> LinkModel:

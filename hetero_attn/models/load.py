@@ -19,9 +19,11 @@ from hetero_attn.models.budget import Room, stream
 from hetero_attn.models.calibration import share_calibration
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.placing import check_placement, make_placing, plan_command
 from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.models.shard_folder import rank_folder, refuse_unfinished
 from hetero_attn.models.weights import Checkpoint, log
+from hetero_attn.parallel.placement import DeviceMemoryError, out_of_memory_text
 from hetero_attn.parallel.sharding import VOCABULARIES, Partition
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.quantity import parse_bytes
@@ -79,6 +81,7 @@ def load_model(
         checkpoint.check(Decoder(config, Communicator(0, 1), dtype=chosen, device="meta").shards(set(checkpoint.entries)))
     budget, blocks = _budget(memory_budget, profile), window or profile.window
     streams = budget is not None or blocks is not None
+    asked, limit = check_placement(profile, config, streams=streams)
     made = communicator is None
     if made:
         from hetero_attn.collectives import init_communicator  # torch.distributed, which a given communicator may do without
@@ -94,10 +97,15 @@ def load_model(
         check_agreement(config, chosen, vocabulary, communicator, everyone(config, checkpoint, partitions), streams=streams)
         share_calibration(profile, config, communicator)
         made_on = "meta" if streams else communicator.device
-        decoder = Decoder(
-            config, communicator, dtype=chosen, device=made_on, vocabulary=vocabulary,
-            kv_block_size=profile.kv_block_size, profile=profile, partition=partition,
-        )
+        try:
+            decoder = Decoder(
+                config, communicator, dtype=chosen, device=made_on, vocabulary=vocabulary,
+                kv_block_size=profile.kv_block_size, profile=profile, partition=partition,
+            )
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"rank {rank} has no room for its weights ({out_of_memory_text(error)}); how many ranks it takes: "
+                + plan_command(path, profile, world_size, cache_tokens or min(CACHE_TOKENS, config.context_length), limit)) from error
         decoder.use_backend(linear_backend(profile))
         shards = list(decoder.shards(set(checkpoint.entries)))
         if streams:
@@ -106,6 +114,8 @@ def load_model(
         else:
             checkpoint.load(shards, progress)
         decoder.schedule = make_schedule(decoder, profile)
+        if not streams:
+            decoder.placing = make_placing(decoder, profile, asked, limit)
     except BaseException:
         if made:
             communicator.close()

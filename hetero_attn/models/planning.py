@@ -17,11 +17,24 @@ from hetero_attn.collectives.cost import CANDIDATES, LinkModel, from_settings, p
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.budget import activation_bytes, cache_bytes
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
+from hetero_attn.models.config_only import open_sizes
+from hetero_attn.models.cooperation import (
+    REACHED,
+    Cooperation,
+    cooperates,
+    cooperation,
+    device_memory,
+    layer_bytes,
+    pace,
+    placed,
+    sharing,
+)
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.hosts import Host, Hosts, read_hosts
-from hetero_attn.models.load import open_model
+from hetero_attn.models.placing import RESERVE
 from hetero_attn.models.weights import Checkpoint
 from hetero_attn.parallel.partition import Speed, shares, uneven
+from hetero_attn.parallel.placement import BUFFERS, Placement
 from hetero_attn.parallel.sharding import Partition
 from hetero_attn.quantity import shown_bytes
 
@@ -29,7 +42,6 @@ from hetero_attn.quantity import shown_bytes
 PROCESS = {"cpu": 270 << 20, "cuda": 900 << 20, "npu": 900 << 20}
 WINDOW_BLOCKS = 2               # of the streaming window, while a rank streams
 PROMPT = 128                    # tokens of the prompt that the first token's time is for
-REACHED = 0.6                   # of a matrix rate on paper that products of a prefill reach; the cpu backend: 0.6 to 1
 
 __all__ = ["Host", "Hosts", "ModelPlan", "RankPlan", "plan_model", "read_hosts", "split_for"]
 
@@ -50,6 +62,7 @@ class RankPlan:
     memory: int
     compute_s: float
     disk_s: float
+    placement: Placement | None = None              # of the KV cache, where the device has a memory of its own; cache: the device's part
 
     @property
     def total(self) -> int:
@@ -69,6 +82,7 @@ class ModelPlan:
     alone_s: float | None                           # a token on the best rank by itself; None where it cannot
     algorithm: str
     remarks: tuple[str, ...]
+    cooperation: Cooperation | None = None
 
 
 def split_for(path: str | Path, hosts: Hosts, vocabulary: str) -> tuple[Partition, ...]:
@@ -78,10 +92,12 @@ def split_for(path: str | Path, hosts: Hosts, vocabulary: str) -> tuple[Partitio
 
 def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vocabulary: str | None = None) -> ModelPlan:
     """The plan of a checkpoint for these hosts. context: tokens the cache holds (default 2048, or the model's). Raises ModelError."""
-    config, checkpoint = open_model(Path(path))
+    config, checkpoint, remarks = open_sizes(Path(path))
     first = hosts.ranks[0].profile
     dtype = DTYPES[first.dtype] if first.dtype != "auto" else config.dtype or checkpoint.dtype
     vocabulary = vocabulary or first.vocabulary
+    if context is not None and context > config.context_length:
+        remarks = (*remarks, f"the model's own context is {config.context_length} tokens, fewer than the {context} that were asked for")
     context = min(context or 2048, config.context_length)
     if len(hosts.ranks) > config.q_heads:
         raise ModelError(f"{len(hosts.ranks)} ranks are more than the model's {config.q_heads} query heads; leave some out")
@@ -93,14 +109,17 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
                             ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context) for host, partition in zip(hosts.ranks, partitions))
+    together = sharing(hosts.ranks)
+    ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context, together) for host, partition in zip(hosts.ranks, partitions))
     reduce_s, algorithm = _sums(hosts, config, dtype, 1)
     prefill_reduce_s, _ = _sums(hosts, config, dtype, PROMPT)
+    found = cooperation(ranks, config, dtype, context, _number, lambda rows: _sums(hosts, config, dtype, rows)[0])
     token = max(max(each.compute_s + reduce_s, each.disk_s) for each in ranks)
+    token = max(token, found.token.total_s) if found else token
     first_token = max(max(_prefill_s(each, config, dtype) + prefill_reduce_s, each.disk_s) for each in ranks)
     alone = _alone(hosts, config, checkpoint, dtype, context)
-    return ModelPlan(ranks, context, _largest_context(ranks, config, dtype), first_token, token, reduce_s, alone, algorithm,
-                     tuple(_remarks(hosts, ranks, token, reduce_s, alone)))
+    return ModelPlan(ranks, context, _largest_context(ranks, config, dtype, found), first_token, token, reduce_s, alone, algorithm,
+                     (*remarks, *_remarks(hosts, ranks, token, reduce_s, alone)), found)
 
 
 def _shards(config, checkpoint: Checkpoint, partition: Partition | None, rank: int, world_size: int, vocabulary: str, *, layers_only=False):
@@ -119,6 +138,9 @@ def _number(host: Host, name: str, what: str) -> float:
 
 
 def _memory(host: Host) -> int:
+    allowed = device_memory(host)
+    if allowed is not None:
+        return allowed if host.memory is None else min(allowed, host.memory)
     return host.memory if host.memory is not None else int(_number(host, "memory_gib", "device memory, GiB") * 2**30)
 
 
@@ -139,8 +161,15 @@ def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, conte
 
 def _fixed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.dtype, context: int) -> int:
     cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
+    if cooperates(host):
+        cache = min(cache, BUFFERS * layer_bytes(host, partition, config, dtype, context))
     chunk = min(host.profile.prefill_chunk, context)
-    return PROCESS[host.profile.device] + cache + activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
+    return _process(host) + cache + activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
+
+
+def _process(host: Host) -> int:
+    """What a rank takes of its device beside tensors."""
+    return (RESERVE if cooperates(host) else PROCESS)[host.profile.device]
 
 
 def _window(config: ModelConfig, checkpoint: Checkpoint, partition: Partition) -> int:
@@ -149,16 +178,26 @@ def _window(config: ModelConfig, checkpoint: Checkpoint, partition: Partition) -
     return sum(checkpoint.bytes_of(shard) for shard in own) // config.layers * WINDOW_BLOCKS // 2
 
 
-def _rank(host: Host, partition: Partition, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, context: int) -> RankPlan:
+def _rank(
+    host: Host, partition: Partition, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, context: int,
+    together: dict[str, int],
+) -> RankPlan:
     every = _shards(config, checkpoint, partition, partition.rank, partition.world_size, partition.vocabulary)
     weights = sum(checkpoint.bytes_of(shard) for shard in every)
     table = sum(checkpoint.bytes_of(shard) for shard in every if shard.name == "model.embed_tokens.weight")
     cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
     chunk = min(host.profile.prefill_chunk, context)
     activations = activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
-    memory, process = _memory(host), PROCESS[host.profile.device]
+    memory, process, placement = _memory(host), _process(host), None
+    if cooperates(host):
+        weights, table = ((sum(shard.into.numel() for shard in each) * dtype.itemsize) for each in          # cast as they are loaded
+                          (every, [shard for shard in every if shard.name == "model.embed_tokens.weight"]))
+        room = memory - process - activations - weights
+        if room > 0:
+            placement = placed(host, partition, config, dtype, context, room, together[host.name])
+        cache = placement.device_bytes if placement else 0
     room = memory - process - cache - activations
-    disk = (host.profile.hardware.disk_gbps or 0.0) * 1e9 if host.profile.device == "cpu" else 0.0
+    disk = 0.0 if cooperates(host) else (host.profile.hardware.disk_gbps or 0.0) * 1e9
     # A token goes through one row of the table and all of the head, where they are not one.
     used = weights - (0 if config.tied_embeddings else table)
     window = streamed = 0
@@ -177,7 +216,7 @@ def _rank(host: Host, partition: Partition, config: ModelConfig, checkpoint: Che
     experts = config.experts_per_token / config.experts if config.experts else 1.0
     compute = used * experts / (_number(host, "memory_gbps", "memory bandwidth, GB/s") * 1e9)
     return RankPlan(host, partition, weights, held, streamed, cache, activations, window, process, memory, compute,
-                    streamed / disk if disk else 0.0)
+                    streamed / disk if disk else 0.0, placement)
 
 
 def _prefill_s(rank: RankPlan, config: ModelConfig, dtype: torch.dtype) -> float:
@@ -207,10 +246,12 @@ def _measured(hosts: Hosts) -> LinkModel | None:
     return from_settings(link.latency_ms, link.message_ms or 0.0, link.crowd_ms or 0.0, link.bandwidth_mbps, link.root_mbps)
 
 
-def _largest_context(ranks: Sequence[RankPlan], config: ModelConfig, dtype: torch.dtype) -> int:
+def _largest_context(ranks: Sequence[RankPlan], config: ModelConfig, dtype: torch.dtype, shared: Cooperation | None) -> int:
     """Tokens of one sequence that every rank's cache can hold beside the rest; streaming ranks may give up what they hold."""
-    found = config.context_length
+    found = config.context_length if shared is None else min(config.context_length, shared.largest)
     for rank in ranks:
+        if rank.placement is not None:
+            continue
         free = rank.memory - rank.total + rank.cache + (rank.held if rank.streamed else 0)
         each = 2 * config.layers * len(rank.partition.kv_heads) * config.head_dim * dtype.itemsize
         found = min(found, max(0, free // each - rank.host.profile.kv_block_size))
@@ -223,10 +264,11 @@ def _alone(hosts: Hosts, config: ModelConfig, checkpoint: Checkpoint, dtype: tor
     times = []
     for host in hosts.ranks:
         try:
-            rank = _rank(host, whole, config, checkpoint, dtype, context)
+            rank = _rank(host, whole, config, checkpoint, dtype, context, {host.name: 1})
         except ModelError:
             continue
-        times.append(max(rank.compute_s, rank.disk_s))
+        own = pace(rank, rank.placement, config, dtype, context, _number, 0.0, {host.name: 1}).total_s if rank.placement else rank.compute_s
+        times.append(max(own, rank.disk_s))
     return min(times, default=None)
 
 

@@ -104,6 +104,13 @@ class Checkpoint:
             remedy = f"{others[0]} is a pickle: convert it to safetensors" if others else "expected that file, or several and an index"
             raise ModelError(f"{self.path} has no {SINGLE} ({remedy})")
 
+    @classmethod
+    def of_entries(cls, path: Path, entries: dict[str, Entry]) -> Checkpoint:
+        """Tensors that lie in no file, to be measured and not loaded."""
+        found = cls.__new__(cls)
+        found.path, found.entries, found.manifest, found._checked = path, entries, None, set()
+        return found
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of most of the checkpoint's bytes, among those a model can have. Raises ModelError when it has none of them."""

@@ -1,0 +1,330 @@
+"""Layers whose KV lies in host memory: the same logits wherever it lies, within a device memory that is enforced."""
+
+import gc
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers writes the checkpoints these tests read")
+
+from schedule_models import FAMILIES, family_decoder, random_batch, run_batch
+from tiny_checkpoint import write_checkpoint
+
+from hetero_attn.collectives import init_communicator
+from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models.control import Driver
+from hetero_attn.models.conversation import Conversation
+from hetero_attn.models.generate import generate
+from hetero_attn.models.load import load_model
+from hetero_attn.models.placing import make_placing
+from hetero_attn.models.restart import RestartLog
+from hetero_attn.models.sampling import SamplingParams
+from hetero_attn.models.tokenizer import Tokenizer
+from hetero_attn.parallel import offload
+from hetero_attn.parallel.launch import run_ranks
+from hetero_attn.parallel.offload import DeviceAccount
+from hetero_attn.parallel.placement import DeviceMemoryError
+from hetero_attn.parallel.schedule_choice import Given
+from hetero_attn.profile import load_profile
+from hetero_attn.registry import use_backend
+
+PROMPT_TOKENS = 90
+
+
+def long_batch(draw: random.Random) -> tuple[list[int], list[int]]:
+    """As random_batch, with sequences long enough for every way: chunks on the device, decoding on the host, both in one step."""
+    past, new = random_batch(draw)
+    return [min(2 * each, 23) for each in past], [min(each * draw.choice((1, 2)), 40) for each in new]
+
+
+def alike(found, expected) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_placement_changes_no_bit_of_the_logits(name):
+    decoder, draw = family_decoder(name, SoloCommunicator()), random.Random(name)
+    traffic = []
+    for round_ in range(4):
+        past, new = ([18, 0, 20], [19, 17, 1]) if not round_ else long_batch(draw)
+        cut = Given([], []) if round_ % 2 else Given([sum(new) // 3, sum(new) // 2], [sum(new) // 4])
+        decoder.schedule, decoder.placing = cut, None
+        expected = run_batch(decoder, past, new)
+        for host in range(1, len(decoder.layers) + 1):
+            decoder.placing = make_placing(decoder, decoder.profile, host, None)
+            assert alike(run_batch(decoder, past, new), expected), (past, new, host)
+            traffic.append(decoder.placing.traffic)
+    assert all(each.stored for each in traffic[:2]) and traffic[0].fetched and traffic[0].crossed     # every way was taken
+
+
+def test_another_backend_on_the_device_stays_within_its_tolerance():
+    """What a GPU has: two kernels, one a side. Here torch's SDPA stands for the device's."""
+    decoder = family_decoder("qwen3", SoloCommunicator())
+    with use_backend("sdpa"):
+        expected = run_batch(decoder, [18, 3], [20, 1])
+        decoder.placing = make_placing(decoder, decoder.profile, 2, None)
+        decoder.placing.host_profile = load_profile("cpu")
+        found = run_batch(decoder, [18, 3], [20, 1])
+    assert not alike(found, expected), "both sides ran the same kernel"
+    for a, b in zip(found, expected):
+        assert (a - b).abs().max() < 2e-5 * b.abs().max()
+
+
+# ---- the order of copies ------------------------------------------------------------------------------------------------------------
+
+
+class LateLane:
+    """A lane that does everything as late as it may: when somebody waits for it, or for something behind it."""
+
+    def __init__(self, heeds_marks: bool = True) -> None:
+        self.queue, self.heeds_marks = [], heeds_marks
+
+    def start(self, work, after=()):
+        mark = LateMark(self, work, tuple(after) if self.heeds_marks else ())
+        self.queue.append(mark)
+        return mark
+
+
+class LateMark:
+    def __init__(self, lane, work, after) -> None:
+        self.lane, self.work, self.after, self.done = lane, work, after, False
+
+    def wait(self):
+        while not self.done:
+            first = self.lane.queue.pop(0)
+            for mark in first.after:
+                mark.wait()
+            first.work()
+            first.done = True
+
+    synchronize = wait
+
+
+def late(monkeypatch, **options):
+    monkeypatch.setattr(offload, "lanes", lambda device, count: [LateLane(**options) for _ in range(count)])
+
+
+def logits_late(decoder):
+    """Three chunks of one prompt, a conversation's turn, decoding: with every second layer's KV on the host."""
+    return [part for past, new in (([20], [20]), ([40], [18]), ([5], [1])) for part in run_batch(decoder, past, new)]
+
+
+def six_layers(family="llama2"):
+    """More layers than buffers."""
+    model_type, keys = FAMILIES[family]
+    try:
+        FAMILIES["six"] = model_type, keys | {"num_hidden_layers": 6}
+        return family_decoder("six", SoloCommunicator())
+    finally:
+        del FAMILIES["six"]
+
+
+def test_copies_may_come_as_late_as_their_marks_allow(monkeypatch):
+    decoder = six_layers()
+    expected = logits_late(decoder)
+    late(monkeypatch)
+    for host in (1, 2, 3, 5, 6):
+        decoder.placing = make_placing(decoder, decoder.profile, host, None)
+        assert alike(logits_late(decoder), expected), host
+
+
+class Forgotten:
+    """A mark that nobody waits for."""
+
+    def __init__(self, mark, *names):
+        self.mark, self.names = mark, names
+
+    def __getattr__(self, name):
+        return (lambda: None) if name in self.names else getattr(self.mark, name)
+
+
+@pytest.mark.parametrize("fault", ["no wait for a fetch", "no wait for a store", "a fetch before the store it reads", "never stored",
+                                   "one buffer for two layers", "window cut short"])
+def test_a_missing_wait_is_caught(monkeypatch, fault):
+    """Negative controls: with any one of these left out, late copies show in the logits."""
+    decoder = six_layers("mistral" if fault == "window cut short" else "llama2")
+    expected = logits_late(decoder)
+    late(monkeypatch, heeds_marks=fault != "a fetch before the store it reads")
+    start = LateLane.start
+    if fault == "no wait for a fetch":
+        monkeypatch.setattr(LateLane, "start", lambda self, work, after=(): Forgotten(start(self, work, ()), "wait"))
+        monkeypatch.setattr(LateMark, "wait", lambda self: None)
+    elif fault == "no wait for a store":
+        monkeypatch.setattr(LateMark, "synchronize", lambda self: None)
+    elif fault == "never stored":
+        monkeypatch.setattr(offload, "_copy_runs", lambda into, source, runs: None)
+    elif fault == "one buffer for two layers":
+        made = offload.HostLayers.__init__
+
+        def one_buffer(self, *arguments, **options):
+            made(self, *arguments, **options)
+            self._buffers = [self._buffers[0]] * len(self._buffers)
+
+        monkeypatch.setattr(offload.HostLayers, "__init__", one_buffer)
+        monkeypatch.setattr(offload, "lanes", lambda device, count: [EarlyLane()] * count)
+    elif fault == "window cut short":
+        from hetero_attn.models.cache import Step
+
+        held = Step.held
+        monkeypatch.setattr(Step, "held", lambda self, window=None: held(self, None if window is None else 1))
+    decoder.placing = make_placing(decoder, decoder.profile, len(decoder.layers), None)
+    assert not alike(logits_late(decoder), expected)
+
+
+class EarlyLane:
+    """A lane that does everything at once."""
+
+    def start(self, work, after=()):
+        work()
+        return Forgotten(None, "wait", "synchronize")
+
+
+def test_what_breaks_on_the_lane_reaches_the_caller(monkeypatch):
+    decoder = six_layers()
+    decoder.placing = make_placing(decoder, decoder.profile, 3, None)
+
+    def broken(into, source, runs):
+        raise OSError("the bus is on fire")
+
+    monkeypatch.setattr(offload, "_copy_runs", broken)
+    with pytest.raises(OSError, match="the bus is on fire"):
+        run_batch(decoder, [20], [20])
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_account_counts_what_lives_and_refuses_what_does_not_fit():
+    account = DeviceAccount(limit=1000, held=200)
+    first = account.empty((100,), torch.float32, torch.device("cpu"))
+    assert account.held == 600
+    with pytest.raises(DeviceMemoryError, match="out of device memory: 404 B more are asked for, 600 B of 1000 B are held"):
+        account.empty((101,), torch.float32, torch.device("cpu"))
+    second = account.empty((100,), torch.float32, torch.device("cpu"))
+    del first, second
+    gc.collect()
+    assert account.held == 200 and account.peak == 1000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"), context_length=256, num_hidden_layers=6)
+
+
+def prompts(count=2):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(4, 300, (PROMPT_TOKENS - 20 * place,), generator=generator).tolist() for place in range(count)]
+
+
+def profile_with(**values):
+    return load_profile("cpu", sets=["kv_block_size=4", "prefill_chunk=32", *(f"{key}={value}" for key, value in values.items())])
+
+
+def tokens_of(folder, values, count=2, **options):
+    model = load_model(folder, profile_with(**values), **options)
+    found = generate(model, prompts(count), SamplingParams(max_new_tokens=12, ignore_eos=True))
+    placing = model.placing
+    return [each.token_ids for each in found], placing.last, placing.account, placing.traffic
+
+
+def budget_for(folder, layers: float) -> int:
+    """Device memory in which, of this model's cache for two prompts, so many layers' KV have room."""
+    model = load_model(folder, profile_with(device_memory="1GiB"))
+    generate(model, prompts(), SamplingParams(max_new_tokens=12, ignore_eos=True))
+    figures = model.placing.figures(model, 2)
+    return int(figures.weights + figures.activations + layers * model.placing.last.layer_bytes)
+
+
+def test_a_prompt_longer_than_the_device_holds(folder):
+    """Half of the layers fit: the same tokens, the account never beyond its limit, and all-device refused with what to do."""
+    expected, last, _, traffic = tokens_of(folder, {})
+    assert not last.host and not traffic.stored
+    limit = budget_for(folder, 4.5)
+    found, last, account, traffic = tokens_of(folder, {"device_memory": f"{limit}B"}, cache_tokens=None)
+    # sequences wait for one another rather than share the host
+    assert found == expected and not last.host
+    long = int(budget_for(folder, 0) + 4.2 * 2 * 4 * (-(-(PROMPT_TOKENS + 12) // 4) + 1) * 2 * 8 * 4)
+    found, last, account, traffic = tokens_of(folder, {"device_memory": f"{long}B"}, count=1)
+    assert found == expected[:1]
+    assert last.host and last.device and account.peak <= long and traffic.fetched and traffic.stored and traffic.crossed
+    with pytest.raises(DeviceMemoryError, match=r"needs a KV cache of 101 tokens, memory holds \d+ \(placement all-device\).*"
+                                                r"hetero-attn plan .*--context 101 --device-memory"):
+        tokens_of(folder, {"device_memory": f"{long}B", "placement": "all-device"}, count=1)
+    with pytest.raises(DeviceMemoryError, match=r"out of device memory|needs at least"):
+        model = load_model(folder, profile_with(device_memory=f"{long}B", placement="all-device"))
+        model.new_cache(PROMPT_TOKENS + 12, 1)
+    with pytest.raises(DeviceMemoryError, match="nothing of the device's memory is left for KV"):
+        load_model(folder, profile_with(device_memory="50KiB"))
+
+
+def test_every_family_of_limits_gives_the_same_tokens(folder):
+    expected = tokens_of(folder, {})[0]
+    for host in (1, 3, 6):
+        assert tokens_of(folder, {"placement": f"{host}-host-layers"})[0] == expected
+
+
+@pytest.mark.ranks
+def test_ranks_place_for_themselves(folder):
+    """One rank's KV on the host, the other's on its device; limits on both; a rank that has no room is heard of by all."""
+    limits = [{"device_memory": "1GiB"}, {"placement": "6-host-layers", "device_memory": "1GiB"}]
+    rounds = [[{}, {}], [{"placement": "4-host-layers"}, {}], limits]
+    plain, first, second = zip(*run_ranks(rank_tokens, (folder, rounds), 2, threads=1))
+    assert [len(each[1].host) for each in first] == [4, 0] and first[0][0] == plain[0][0]
+    assert [len(each[1].host) for each in second] == [0, 6] and second[0][0] == plain[0][0] and second[1][2].stored
+
+
+def rank_tokens(folder, rounds):
+    found = []
+    with init_communicator(load_profile("cpu")) as communicator:
+        for values in rounds:
+            tokens, last, _, traffic = tokens_of(folder, values[communicator.rank], communicator=communicator)
+            found.append((tokens, last, traffic))
+    return found
+
+
+@pytest.mark.ranks
+def test_a_rank_without_room_is_heard_of_by_all(folder):
+    with pytest.raises(Exception, match=r"nothing of the device's memory is left for KV|rank 1 has no device memory left for KV"):
+        run_ranks(rank_tokens, (folder, [[{}, {"device_memory": "30KiB"}]]), 2, threads=1)
+
+
+def talk(folder, values):
+    with Driver(load_model(folder, profile_with(**values))) as driver:
+        said = Conversation(driver, Tokenizer.from_dir(folder), SamplingParams(max_new_tokens=20, seed=1, ignore_eos=True))
+        turns = [["".join(piece.text for piece in said.say(text)), said.prefilled] for text in ("Hello, how are you?", "And then?")]
+        return turns, driver.model.placing
+
+
+def test_a_conversation_goes_on_over_kv_in_host_memory(folder):
+    expected, _ = talk(folder, {})
+    found, placing = talk(folder, {"placement": "5-host-layers"})
+    assert found == expected and placing.traffic.crossed and found[1][1] < 60
+    found, placing = talk(folder, {"device_memory": f"{budget_for(folder, 0) + 100 * 1024}B"})
+    assert found == expected and placing.last.host
+    small = f"{budget_for(folder, 0) + 2 * 1024}B"
+    with pytest.raises(DeviceMemoryError, match="the conversation needs"):
+        talk(folder, {"device_memory": small})
+
+
+def test_a_restart_rebuilds_kv_on_the_host(folder, tmp_path):
+    params, model = SamplingParams(max_new_tokens=12, ignore_eos=True, seed=5, temperature=1.0), None
+    model = load_model(folder, profile_with(placement="3-host-layers"))
+    expected = [each.token_ids for each in generate(model, prompts(), params)]
+    log = RestartLog(Path(tmp_path) / "log", prompts(), params)
+    generate(model, prompts(), params, log=log)
+    lines = log.path.read_text().splitlines(keepends=True)
+    log.path.write_text("".join(lines[: len(lines) // 2]))                     # lost half-way
+    log = RestartLog(log.path, prompts(), params)
+    assert 0 < log.tokens < 24
+    assert [each.token_ids for each in generate(model, prompts(), params, log=log)] == expected
+
+
+def test_weights_from_the_disk_keep_their_kv(folder):
+    from hetero_attn.models.config import ModelError
+
+    with pytest.raises(ModelError, match="leave placement and device memory out, or the budget"):
+        load_model(folder, profile_with(placement="2-host-layers"), memory_budget="1GiB")
+    with pytest.raises(ModelError, match="placement is 7-host-layers, the model has 6 layers"):
+        load_model(folder, profile_with(placement="7-host-layers"))
