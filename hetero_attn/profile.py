@@ -29,6 +29,7 @@ __all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "Overlap
            "detect", "load_profile", "save_overlay", "shipped_profiles"]
 
 BACKEND_NAME = {"pattern": r"[a-z0-9][a-z0-9_-]*", "form": "lower-case letters, digits, _ and -"}
+WHOLE_PAGES = ("shared_stage_bytes", "shared_heap_bytes", "symmetric_room_bytes", "symmetric_heap_bytes")     # multiples of 4096
 PLACEMENT_PATTERN, PLACEMENT_FORM = r"auto|all-device|[0-9]+-host-layers", "auto, all-device, or a number as in 20-host-layers"
 NOT_INHERITED = ("name", "verified", "detect")        # a file that extends another is another device, which nobody has verified by it
 
@@ -100,7 +101,7 @@ class DeviceProfile:
         if "reference" in self.backends:
             raise ProfileError("backends names reference, which is never chosen automatically; ask for it by name, as in "
                                "attention(..., backend='reference')", key="backends")
-        for name in ("shared_stage_bytes", "shared_heap_bytes", "symmetric_room_bytes", "symmetric_heap_bytes"):
+        for name in WHOLE_PAGES:
             if getattr(self, name) % 4096:
                 raise ProfileError(f"{name} is {getattr(self, name)}, expected a multiple of 4096", key=name)
         if self.codec not in ("none", "auto") and self.algorithm in ("native", "ring", "tree"):

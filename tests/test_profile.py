@@ -15,7 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetero_attn import profile as profile_module
-from hetero_attn.profile import Alignments, Detect, DeviceProfile, Hardware, ProfileError, detect, load_profile, shipped_profiles
+from hetero_attn.profile import (
+    WHOLE_PAGES,
+    Alignments,
+    Detect,
+    DeviceProfile,
+    Hardware,
+    ProfileError,
+    detect,
+    load_profile,
+    shipped_profiles,
+)
 from hetero_attn.profile_detect import choose, device_name, present_device
 from hetero_attn.profile_fields import leaves, sections
 
@@ -204,7 +214,7 @@ def instances(draw, cls, prefix=""):
             given_values["detect"] = dataclasses.replace(given_values["detect"], cuda_capability=None)
         if given_values["algorithm"] in ("native", "ring", "tree"):
             given_values["codec"] = draw(st.sampled_from(("none", "auto")))
-        given_values |= {name: 4096 * (1 + given_values[name] // 4096) for name in ("shared_stage_bytes", "shared_heap_bytes")}    # pages
+        given_values |= {name: 4096 * (1 + given_values[name] // 4096) for name in WHOLE_PAGES}
     return cls(**given_values)
 
 
