@@ -29,7 +29,7 @@ def _tanh(x):
 @triton.jit
 def _attend(
     acc, top, total, q, begin, end, low, high, position, slope, mask_rows,
-    K, V, TABLE, k_key, k_feature, v_key, v_feature, k_page, v_page, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+    K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_page, v_page, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
     EDGE: tl.constexpr, GUARD: tl.constexpr, PLAIN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASK_KIND: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -82,7 +82,7 @@ def _attend(
             s = s - slope[:, None] * tl.abs(position[:, None] - keys[None, :]).to(tl.float32)
         seen = tl.broadcast_to(inside[None, :], s.shape)
         if MASK_KIND != 0:
-            m = tl.load(mask_rows[:, None] + keys.to(tl.int64)[None, :] * mask_key, mask=seen, other=0)
+            m = tl.load(MASK + (mask_rows[:, None] + (keys.to(tl.int64) if WIDE else keys)[None, :] * mask_key), mask=seen, other=0)
             if MASK_KIND == 1:
                 seen = seen & (m != 0)
             else:
@@ -206,7 +206,15 @@ def attention_forward(
         slope = tl.load(SLOPES + wide_batch * slope_batch + row_head, mask=real, other=0.0)
     mask_rows = 0
     if MASK_KIND != 0:
-        mask_rows = MASK + wide_batch * mask_batch + row_head * mask_head + tl.where(real, query, 0).to(tl.int64) * mask_row
+        first_query = tile * BLOCK_M // HEADS
+        near = tl.where(real, query - first_query, 0)               # 32-bit offsets from where the tile begins
+        near_head = offs_m % HEADS
+        if WIDE:
+            near = near.to(tl.int64)
+            near_head = near_head.to(tl.int64)
+        mask_rows = near * mask_row + near_head * mask_head
+        first_head = (kv_head * HEADS if HEADS > 1 else head).to(tl.int64)
+        MASK += wide_batch * mask_batch + first_head * mask_head + first_query.to(tl.int64) * mask_row
     if PAGE_SIZE > 0:
         TABLE += wide_batch * table_batch
         K += kv_head.to(tl.int64) * k_head
@@ -217,17 +225,17 @@ def attention_forward(
     if HAS_LEFT:
         acc, top, total = _attend(
             acc, top, total, q, begin, whole_begin, low, high, position, slope, mask_rows,
-            K, V, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+            K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
             True, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
             BLOCK_N, BLOCK_D, BLOCK_V)
     acc, top, total = _attend(
         acc, top, total, q, whole_begin, whole_end, low, high, position, slope, mask_rows,
-        K, V, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+        K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
         False, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
         BLOCK_N, BLOCK_D, BLOCK_V)
     acc, top, total = _attend(
         acc, top, total, q, whole_end, stop, low, high, position, slope, mask_rows,
-        K, V, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+        K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
         True, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
         BLOCK_N, BLOCK_D, BLOCK_V)
     if GUARD:
@@ -237,7 +245,7 @@ def attention_forward(
             total = tl.zeros([BLOCK_M], tl.float32)
             acc, top, total = _attend(
                 acc, top, total, q, begin, stop, low, high, position, slope, mask_rows,
-                K, V, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim,
+                K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim,
                 v_head_dim, True, True, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
                 CAREFUL, BLOCK_D, BLOCK_V)
 

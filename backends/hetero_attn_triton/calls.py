@@ -66,7 +66,7 @@ def attention(
          min(left, FARTHEST), min(right, FARTHEST), scale, softcap, spec.head_dim, Dv),
         {**shared, "GROUP": spec.group_size, "HEADS": plan.heads, "KV_HEADS": spec.kv_heads, "VARLEN": spec.varlen,
          "PAGE_SIZE": spec.page_size, "SPLIT": split, "GUARD": spec.rows_differ, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
-         "HAS_SOFTCAP": bool(spec.softcap), "HAS_ALIBI": slopes is not None, "MASK_KIND": mask_kind, "WIDE": _wide(k, v, tile.keys),
+         "HAS_SOFTCAP": bool(spec.softcap), "HAS_ALIBI": slopes is not None, "MASK_KIND": mask_kind, "WIDE": _wide(strides, mask_strides, plan, spec.kv_len),
          "PADDED_D": plan.dim != spec.head_dim, "PADDED_V": plan.v_dim != Dv, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
          "BLOCK_D": plan.dim, "CAREFUL": LEAST},
         tile.warps, tile.stages, device,
@@ -116,6 +116,10 @@ def _scale(spec: AttentionSpec, mask_kind: int) -> tuple[float, bool]:
     return math.copysign(min(abs(spec.scale), LARGEST), spec.scale), False
 
 
-def _wide(k: torch.Tensor, v: torch.Tensor, keys: int) -> bool:
-    """Whether a block's keys lie farther apart than 32-bit offsets reach."""
-    return any(x.dim() and keys * abs(max(x.stride())) >= 1 << 31 for x in (k, v))
+def _wide(strides: tuple[int, ...], mask_strides: tuple[int, ...], plan: Plan, kv_len: int) -> bool:
+    """Whether a block's keys, or a tile's part of the mask, lie farther apart than 32-bit offsets reach."""
+    _, head, row, key = mask_strides
+    mask = plan.heads * head + plan.tile.rows * row + (kv_len + plan.tile.keys) * key
+    (k_key, k_feature), (v_key, v_feature) = strides[6:8], strides[10:12]
+    keys = plan.tile.keys * max(k_key, v_key) + max(plan.dim * k_feature, plan.v_dim * v_feature)
+    return max(keys, mask) >= 1 << 31

@@ -39,26 +39,28 @@ class Tile:
     def __str__(self) -> str:
         return f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"
 
-    def shared_bytes(self, dim: int, v_dim: int, element: int) -> int:
-        """The most that the compiler asks for: Q, and K and V in every stage. dim, v_dim: padded; element: bytes of the dtype."""
-        return element * (self.rows * dim + self.stages * self.keys * (dim + v_dim)) + SCRATCH
+    def shared_bytes(self, dim: int, v_dim: int, element: int, mask: int = 0) -> int:
+        """The most that the compiler asks for: Q; K, V and the mask in every stage. dim, v_dim: padded; element, mask: bytes of a number."""
+        stage = self.keys * (element * (dim + v_dim) + self.rows * mask)
+        return element * self.rows * dim + self.stages * stage + SCRATCH
 
-    def registers(self, dim: int, v_dim: int, element: int, wide_products: bool) -> int:
+    def registers(self, dim: int, v_dim: int, element: int, wide_products: bool, beside: int = 0) -> int:
         """fp32 values a warp keeps alive through the loop: sums, scores, the weights in the dtype, and Q unless products read it from
-        shared memory."""
-        halves = self.keys + (0 if wide_products else dim)
-        return ceil(self.rows * (v_dim + self.keys + halves * element / 4) / self.warps)
+        shared memory. beside: halves of the scores' size that work on them takes, see `beside_products`."""
+        halves = (self.keys + (0 if wide_products else dim)) * element / 4 + self.keys * beside / 2
+        return ceil(self.rows * (v_dim + self.keys + halves) / self.warps)
 
 
 # (rows, keys, warps, stages) in order of preference: more rows read K and V less often, more keys mean fewer rescalings. What is listed
 # compiles for sm_80 and sm_90 without a spill where `fits` lets it through; which is quickest `tuning.py` measures on the device.
 PREFILL_HALF = (
-    Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 4, 3),
-    Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1),
+    Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1),
+    Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
 )
 DECODE_HALF = (
     Tile(0, 64, 4, 3), Tile(0, 64, 4, 2), Tile(0, 128, 4, 3), Tile(0, 64, 4, 4), Tile(0, 32, 4, 3), Tile(0, 32, 4, 2), Tile(0, 16, 4, 2),
-    Tile(0, 16, 4, 1),
+    Tile(0, 16, 4, 1), Tile(0, 32, 8, 1), Tile(0, 16, 8, 1),
 )                                      # rows: as many as there are
 SINGLE = (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
 
@@ -126,30 +128,54 @@ def shape_class(spec: AttentionSpec) -> str:
     return f"{kind}-d{padded(spec.head_dim)}-v{padded(spec.v_head_dim)}-{element}"
 
 
-def fits(tile: Tile, dim: int, v_dim: int, element: int, device: Device) -> bool:
+def beside_products(spec: AttentionSpec) -> int:
+    """What scores take beside products, in halves of their own size: softcap and ALiBi one, a mask (an address for each) four more."""
+    return (4 if spec.mask else 0) + int(bool(spec.softcap or spec.alibi or spec.mask))
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a call asks of a tile: padded head dimensions, bytes of a number of Q, K, V and of the mask (0 = none), `beside_products`."""
+
+    dim: int
+    v_dim: int
+    element: int
+    mask: int
+    beside: int
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> Demand:
+        mask = min(spec.mask.itemsize, 4) if spec.mask else 0                 # a mask in fp64 is read as fp32
+        return cls(padded(spec.head_dim), padded(spec.v_head_dim), spec.dtype.itemsize, mask, beside_products(spec))
+
+    def shared_bytes(self, tile: Tile) -> int:
+        return tile.shared_bytes(self.dim, self.v_dim, self.element, self.mask)
+
+
+def fits(tile: Tile, demand: Demand, device: Device) -> bool:
     """Whether a tile's shared memory and registers are there."""
-    registers = tile.registers(dim, v_dim, element, device.wide_products)
-    return tile.shared_bytes(dim, v_dim, element) <= device.shared_memory_bytes and registers <= REGISTERS
+    registers = tile.registers(demand.dim, demand.v_dim, demand.element, device.wide_products, demand.beside)
+    return demand.shared_bytes(tile) <= device.shared_memory_bytes and registers <= REGISTERS
 
 
 def candidates(spec: AttentionSpec, device: Device) -> list[Tile]:
     """Every tile that fits, in order of preference; never empty. Raises ValueError where not even the smallest fits."""
-    dim, v_dim, element = padded(spec.head_dim), padded(spec.v_head_dim), spec.dtype.itemsize
-    return list(_candidates(dim, v_dim, element, spec.q_len * spec.group_size if folded(spec) else 0, device))
+    return list(_candidates(Demand.of(spec), spec.q_len * spec.group_size if folded(spec) else 0, device))
 
 
 @lru_cache(maxsize=1024)
-def _candidates(dim: int, v_dim: int, element: int, rows: int, device: Device) -> tuple[Tile, ...]:
+def _candidates(demand: Demand, rows: int, device: Device) -> tuple[Tile, ...]:
     """rows: of a folded call, 0 for others."""
     if rows:
         tall = max(LEAST, 1 << (rows - 1).bit_length())
-        tiles = [Tile(tall, tile.keys, tile.warps, tile.stages) for tile in DECODE_HALF if element == 2 or tile.keys <= 64]
+        tiles = [Tile(tall, tile.keys, tile.warps, tile.stages) for tile in DECODE_HALF if demand.element == 2 or tile.keys <= 64]
     else:
-        tiles = list(PREFILL_HALF if element == 2 else SINGLE)
-    found = tuple(tile for tile in tiles if fits(tile, dim, v_dim, element, device))
+        tiles = list(PREFILL_HALF if demand.element == 2 else SINGLE)
+    found = tuple(tile for tile in tiles if fits(tile, demand, device))
     if not found:
-        need = min(tile.shared_bytes(dim, v_dim, element) for tile in tiles)
-        raise ValueError(f"head_dim {dim} needs {need} B of shared memory, the device has {device.shared_memory_bytes}")
+        need = min(demand.shared_bytes(tile) for tile in tiles)
+        raise ValueError(f"head_dim {demand.dim} needs {need} B of shared memory (and registers), the device has "
+                         f"{device.shared_memory_bytes} B")
     return found
 
 
@@ -164,8 +190,7 @@ def plan(spec: AttentionSpec, device: Device, tuned: Mapping[str, Tile] | None =
     chosen = None if tuned is None else tuned.get(shape_class(spec))
     if chosen is not None:
         chosen = Tile(tile.rows if fold else chosen.rows, chosen.keys, chosen.warps, chosen.stages)
-        dim, v_dim = padded(spec.head_dim), padded(spec.v_head_dim)
-        tile = chosen if fits(chosen, dim, v_dim, spec.dtype.itemsize, device) else tile
+        tile = chosen if fits(chosen, Demand.of(spec), device) else tile
     elif not fold and spec.q_len < tile.rows:                       # a short prompt fills no tall tile
         tile = next((each for each in possible if each.rows <= max(LEAST, 2 * spec.q_len)), possible[-1])
     return planned(spec, device, tile, fold, rows)
@@ -173,14 +198,13 @@ def plan(spec: AttentionSpec, device: Device, tuned: Mapping[str, Tile] | None =
 
 def planned(spec: AttentionSpec, device: Device, tile: Tile, fold: bool, rows: int) -> Plan:
     """The launch of a call by a given tile."""
-    dim, v_dim = padded(spec.head_dim), padded(spec.v_head_dim)
+    demand = Demand.of(spec)
     tiles, heads = max(1, ceil(rows / tile.rows)), spec.kv_heads if fold else spec.q_heads
     programs = tiles * heads * spec.batch
-    resident = max(1, min(device.shared_memory_bytes // tile.shared_bytes(dim, v_dim, spec.dtype.itemsize), 4))
+    resident = max(1, min(device.shared_memory_bytes // demand.shared_bytes(tile), 4))
     blocks = ceil(visible_keys(spec, tile) / tile.keys)
     splits = max(1, min(device.units * resident // max(1, programs), blocks // SPLIT_BLOCKS, MAX_SPLITS))
-    return Plan(tile, spec.group_size if fold else 1, tiles, splits, dim, v_dim, programs * splits,
-                tile.shared_bytes(dim, v_dim, spec.dtype.itemsize))
+    return Plan(tile, spec.group_size if fold else 1, tiles, splits, demand.dim, demand.v_dim, programs * splits, demand.shared_bytes(tile))
 
 
 def visible_keys(spec: AttentionSpec, tile: Tile) -> int:
