@@ -1,6 +1,6 @@
 """The Triton kernels compiled ahead of time, without a GPU: for sm_80 and sm_90 (ptxas comes with triton), and for AMD's gfx942.
 
-A launcher compiles what a real call would launch, with the argument types, alignments and constants that Triton itself would derive from it.
+A launcher compiles what a real call would launch, with the argument types, alignments and constants that Triton would derive from it.
 The machine code must use tensor cores and asynchronous copies, spill nothing, and ask for no more shared memory than tiling.py planned.
 Quick: the variants that differ most. HETERO_ATTN_FULL=1: every feature on every target. Needs a process without TRITON_INTERPRET.
 """
@@ -55,7 +55,7 @@ class CompilingLauncher:
     def tuned(self, device):
         return self._tiles
 
-    def launch(self, kernel, programs, arguments, constants, warps, stages, device) -> None:
+    def launch(self, kernel, programs, arguments, constants, warps, stages, device, *, exact=False) -> None:
         function = kernels()[kernel]
         signature, known, attributes = {}, dict(constants), {}
         values = dict(zip((parameter.name for parameter in function.params), arguments)) | constants
@@ -72,22 +72,24 @@ class CompilingLauncher:
                 if not parameter.do_not_specialize and value % 16 == 0:
                     attributes[(at,)] = [["tt.divisibility", 16]]
         source = ASTSource(function, signature, known, attributes)
-        self.compiled.append((kernel, triton.compile(source, target=self._target, options={"num_warps": warps, "num_stages": stages})))
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not exact}
+        self.compiled.append((kernel, triton.compile(source, target=self._target, options=options)))
 
 
-# Wide strides, so that an alignment of 16 elements is what the launch sees, as with real models.
 BASE = {"dtype": torch.float16, "batch": 1, "q_len": 160, "kv_len": 160, "q_heads": 4, "kv_heads": 2, "head_dim": 128, "lse": "never"}
 VARIANTS = {
-    "causal": {"is_causal": True}, "plain-64": {"head_dim": 64}, "causal-256-bf16": {"is_causal": True, "head_dim": 256, "dtype": torch.bfloat16},
+    "causal": {"is_causal": True}, "plain-64": {"head_dim": 64},
+    "causal-256-bf16": {"is_causal": True, "head_dim": 256, "dtype": torch.bfloat16},
     "decode": {"q_len": 1, "kv_len": 32768, "head_dim": 128}, "decode-pages": {"sequences": ((1, 4096), (1, 160)), "page_size": 64},
     "everything": {"is_causal": True, "window_size": (70, -1), "softcap": 30.0, "alibi": 1, "sinks": torch.float32, "lse": "always"},
     "pages-16": {"sequences": ((160, 160),), "page_size": 16, "is_causal": True},
-    "bias": {"mask": "bias", "mask_dtype": torch.float16, "head_dim": 64}, "bias-128": {"mask": "bias"}, "padded-80": {"head_dim": 80, "is_causal": True},
+    "bias": {"mask": "bias", "mask_dtype": torch.float16, "head_dim": 64}, "bias-128": {"mask": "bias"},
+    "padded-80": {"head_dim": 80, "is_causal": True},
     "bool": {"mask": "random", "head_dim": 64}, "packed": {"sequences": ((160, 160), (33, 70)), "is_causal": True, "dtype": torch.bfloat16},
     "window": {"window_size": (64, 0)}, "192-128": {"head_dim": 192, "v_head_dim": 128, "is_causal": True},
     "causal-32": {"head_dim": 32, "is_causal": True}, "fp32": {"dtype": torch.float32, "head_dim": 64, "is_causal": True},
-    "decode-256": {"q_len": 4, "kv_len": 8192, "head_dim": 256, "is_causal": True}, "decode-fp32": {"q_len": 1, "kv_len": 8192,
-                                                                                                   "dtype": torch.float32},
+    "decode-256": {"q_len": 4, "kv_len": 8192, "head_dim": 256, "is_causal": True},
+    "decode-fp32": {"q_len": 1, "kv_len": 8192, "dtype": torch.float32},
 }
 QUICK = {"sm_90": ("causal", "causal-256-bf16", "decode", "everything", "pages-16"), "sm_80": ("causal", "plain-64", "decode-pages"),
          "gfx942": ("causal",)}
@@ -144,7 +146,7 @@ def test_machine_code(target, name, tmp_path):
 def test_amd(name):
     """Matrix instructions in the assembly, no scratch memory, and the LDS that was planned. Nothing of AMD has run anywhere."""
     case = AttentionCase(name, **(BASE | VARIANTS[name]))
-    made, planned = compiled("gfx942", case)
+    made, _ = compiled("gfx942", case)
     text = made[0][1].asm["amdgcn"]
     assert (case.dtype == torch.float32 or text.count("v_mfma_f32") >= 8) and made[0][1].metadata.shared <= 65536
     spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)

@@ -1,4 +1,4 @@
-"""The Triton backend's planning on any machine: tiles fit, splits fill a device, classes share a tile; and the backend's words without a GPU."""
+"""The Triton backend's planning on any machine: tiles fit, splits fill a device; and the backend's words where there is no GPU."""
 
 import subprocess
 import sys
@@ -37,7 +37,8 @@ DECODE = replace(PREFILL, q_len=1)
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @given(dim=st.integers(1, 256), v_dim=st.integers(1, 256), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-       q_len=st.sampled_from([0, 1, 2, 7, 64, 100, 5000]), kv_len=st.sampled_from([0, 1, 100, 100_000]), batch=st.sampled_from([0, 1, 70_000]),
+       q_len=st.sampled_from([0, 1, 2, 7, 64, 100, 5000]), kv_len=st.sampled_from([0, 1, 100, 100_000]),
+       batch=st.sampled_from([0, 1, 70_000]),
        heads=st.sampled_from([(1, 1), (8, 1), (32, 8), (40, 40)]), left=st.sampled_from([-1, 0, 300]), causal=st.booleans(),
        mask=st.sampled_from([None, None, torch.bool, torch.float64]))
 @settings(max_examples=150, deadline=None)
@@ -117,7 +118,7 @@ def test_profiles_give_the_device():
 def test_beyond_the_kernel():
     with pytest.raises(ValueError, match="head_dim is 257, the kernel has 1 to 256"):
         padded(MAX_HEAD_DIM + 1)
-    with pytest.raises(ValueError, match="B of shared memory .*, the device has 1024 B"):
+    with pytest.raises(ValueError, match=r"B of shared memory .*, the device has 1024 B"):
         candidates(PREFILL, Device(1, 1024))
 
 

@@ -100,7 +100,7 @@ class InterpretedLauncher:
     def tuned(self, device: torch.device) -> dict[str, Tile]:
         return self._tiles
 
-    def launch(self, kernel, programs, arguments, constants, warps, stages, device) -> None:
+    def launch(self, kernel, programs, arguments, constants, warps, stages, device, *, exact=False) -> None:
         self.launches = [*self.launches[-9:], (kernel, programs, constants)]
         with np.errstate(all="ignore"):
             self._kernels[kernel][(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)

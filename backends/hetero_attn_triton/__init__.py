@@ -12,7 +12,8 @@ import torch
 from hetero_attn.backend import Backend
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands, dtype_name
-from hetero_attn_triton import calls, tiling
+from hetero_attn_triton import calls, norm_calls, tiling
+from hetero_attn_triton.codec_calls import CodecCalls
 from hetero_attn_triton.launching import GpuLauncher, Launcher
 from hetero_attn_triton.tiling import MAX_HEAD_DIM, Device, Plan
 
@@ -71,6 +72,19 @@ class TritonBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         plan = tiling.plan(spec, self.launcher.hardware(q.device), self.launcher.tuned(q.device))
         return calls.attention(self.launcher, plan, q, k, v, spec, operands)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+        return norm_calls.norm(self.launcher, x, weight, eps, weight_offset)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0,
+        post_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """residual [T, C] += x [T, C] in place, then its norm: one pass over memory. See norm_calls.add_norm."""
+        return norm_calls.add_norm(self.launcher, x, residual, weight, eps, weight_offset, post_weight)
+
+    def codec_kernels(self, device: str) -> CodecCalls | None:
+        return CodecCalls(self.launcher) if device == self.launcher.device else None
 
 
 backend = TritonBackend

@@ -224,18 +224,18 @@ def attention_forward(
         V += wide_batch * v_batch + k_start * v_key + kv_head.to(tl.int64) * v_head
     if HAS_LEFT:
         acc, top, total = _attend(
-            acc, top, total, q, begin, whole_begin, low, high, position, slope, mask_rows,
-            K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+            acc, top, total, q, begin, whole_begin, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
+            k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
             True, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
             BLOCK_N, BLOCK_D, BLOCK_V)
     acc, top, total = _attend(
-        acc, top, total, q, whole_begin, whole_end, low, high, position, slope, mask_rows,
-        K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+        acc, top, total, q, whole_begin, whole_end, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
+        k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
         False, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
         BLOCK_N, BLOCK_D, BLOCK_V)
     acc, top, total = _attend(
-        acc, top, total, q, whole_end, stop, low, high, position, slope, mask_rows,
-        K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+        acc, top, total, q, whole_end, stop, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
+        k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
         True, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
         BLOCK_N, BLOCK_D, BLOCK_V)
     if GUARD:
@@ -244,8 +244,8 @@ def attention_forward(
             top = tl.full([BLOCK_M], NEG_INF, tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc, top, total = _attend(
-                acc, top, total, q, begin, stop, low, high, position, slope, mask_rows,
-                K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim,
+                acc, top, total, q, begin, stop, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
+                k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim,
                 v_head_dim, True, True, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
                 CAREFUL, BLOCK_D, BLOCK_V)
 

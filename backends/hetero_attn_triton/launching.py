@@ -33,17 +33,22 @@ class Launcher(Protocol):
     def tuned(self, device: torch.device) -> dict[str, Tile]: ...
 
     def launch(self, kernel: str, programs: int, arguments: tuple, constants: dict[str, Any], warps: int, stages: int,
-               device: torch.device) -> None:
-        """Enqueue `programs` programs of one of `kernels()` behind what the calling thread's stream holds."""
+               device: torch.device, *, exact: bool = False) -> None:
+        """Enqueue `programs` programs of one of `kernels()` behind what the calling thread's stream holds. exact: products are rounded
+        before they are added to anything."""
 
 
 @cache
 def kernels() -> dict[str, Any]:
     """Kernel name -> Triton's function. Imports triton."""
-    from hetero_attn_triton import attention_kernel, combine_kernel, norm_kernel
+    from hetero_attn_triton import attention_kernel, codec_kernel, combine_kernel, norm_kernel
 
-    return {"attention": attention_kernel.attention_forward, "combine": combine_kernel.attention_combine,
-            "rms_norm": norm_kernel.rms_norm_kernel, "add_rms_norm": norm_kernel.add_rms_norm_kernel}
+    codec = ("pack_groups", "unpack_groups", "row_factors", "pack_outliers", "pack_features", "unpack_features")
+    return {
+        "attention": attention_kernel.attention_forward, "combine": combine_kernel.attention_combine,
+        "rms_norm": norm_kernel.rms_norm_kernel, "add_rms_norm": norm_kernel.add_rms_norm_kernel,
+        **{name: getattr(codec_kernel, f"{name}_kernel") for name in codec},
+    }
 
 
 def triton_reasons(find: Callable[[str], Any] = importlib.util.find_spec) -> list[str]:
@@ -105,7 +110,7 @@ class GpuLauncher:
         return self._tuned[index]
 
     def launch(self, kernel: str, programs: int, arguments: tuple, constants: dict[str, Any], warps: int, stages: int,
-               device: torch.device) -> None:
+               device: torch.device, *, exact: bool = False) -> None:
         """Raises what Triton raises where it cannot compile: OutOfResources, CompilationError."""
         with torch.cuda.device(device):
-            kernels()[kernel][(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+            kernels()[kernel][(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=not exact)

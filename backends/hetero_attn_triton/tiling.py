@@ -40,7 +40,7 @@ class Tile:
         return f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"
 
     def shared_bytes(self, dim: int, v_dim: int, element: int, mask: int = 0) -> int:
-        """The most that the compiler asks for: Q; K, V and the mask in every stage. dim, v_dim: padded; element, mask: bytes of a number."""
+        """The most that the compiler asks for: Q; K, V and mask in every stage. dim, v_dim: padded; element, mask: bytes of a number."""
         stage = self.keys * (element * (dim + v_dim) + self.rows * mask)
         return element * self.rows * dim + self.stages * stage + SCRATCH
 
@@ -121,6 +121,7 @@ def folded(spec: AttentionSpec) -> bool:
     return spec.q_len * spec.group_size <= DECODE_ROWS.get(spec.dtype.itemsize, 0)
 
 
+@lru_cache(maxsize=4096)
 def shape_class(spec: AttentionSpec) -> str:
     """The class of calls that share a tuned tile, such as 'prefill-d128-v128-half': dimensions and dtype, not lengths."""
     kind = "decode" if folded(spec) else "prefill"
@@ -183,11 +184,16 @@ def plan(spec: AttentionSpec, device: Device, tuned: Mapping[str, Tile] | None =
     """The call's tile and launch. tuned: shape_class -> the tile that was measured to be quickest; one that does not fit is passed over.
 
     For a varlen call every sequence is taken to be as long as the longest."""
+    return _plan(spec, device, None if tuned is None else tuned.get(shape_class(spec)))
+
+
+@lru_cache(maxsize=4096)
+def _plan(spec: AttentionSpec, device: Device, chosen: Tile | None) -> Plan:
+    """plan() with what was measured: all layers of a decode step ask for the same one."""
     fold = folded(spec)
     rows = spec.q_len * spec.group_size if fold else spec.q_len
     possible = candidates(spec, device)
     tile = possible[0]
-    chosen = None if tuned is None else tuned.get(shape_class(spec))
     if chosen is not None:
         chosen = Tile(tile.rows if fold else chosen.rows, chosen.keys, chosen.warps, chosen.stages)
         tile = chosen if fits(chosen, Demand.of(spec), device) else tile

@@ -1,0 +1,140 @@
+"""Attention against torch's SDPA and compiled FlexAttention: prefill in TFLOP/s, decode in GB/s, with their shares of the ceilings.
+
+Bars: prefill by our Triton kernel at least as fast as compiled FlexAttention; what the profile chooses at least as fast as SDPA; a decode
+step at 80 % of the copy's bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hetero_attn import registry
+from hetero_attn.ops import attention
+from hetero_attn.testing.gpu.ceilings import Ceilings, attention_flop, decode_bytes
+from hetero_attn.testing.gpu.clock import medians
+from hetero_attn.testing.gpu.outcome import Figure, Outcome, judged
+
+FLEX_BAR, SDPA_BAR, DECODE_BAR = 1.0, 1.0, 0.8
+SDPA, FLEX, CHOSEN = "torch SDPA", "FlexAttention", "chosen"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call, bf16. Lengths are tokens."""
+
+    name: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    softcap: float = 0.0
+
+    @property
+    def is_causal(self) -> bool:
+        return self.q_len > 1
+
+
+PREFILL = (
+    Shape("prefill 1K", 8, 32, 8, 1024, 1024, 128), Shape("prefill 4K", 2, 32, 8, 4096, 4096, 128),
+    Shape("prefill 16K", 1, 32, 8, 16384, 16384, 128), Shape("prefill 4K, D 64", 2, 32, 32, 4096, 4096, 64),
+    Shape("prefill 4K, softcap", 2, 32, 8, 4096, 4096, 128, 30.0),
+)
+DECODE = (
+    Shape("decode 1 x 32K", 1, 32, 8, 1, 32768, 128), Shape("decode 8 x 8K", 8, 32, 8, 1, 8192, 128),
+    Shape("decode 64 x 2K", 64, 32, 8, 1, 2048, 128), Shape("decode 16 x 8K, MHA", 16, 16, 16, 1, 8192, 128),
+)
+REHEARSAL = {"prefill": (Shape("prefill 128", 1, 4, 2, 128, 128, 64),), "decode": (Shape("decode 1 x 512", 1, 4, 2, 1, 512, 64),)}
+
+
+def ours(device: torch.device, names: list[str] | None = None) -> list[str]:
+    """The available backends that may be timed, in the registry's order."""
+    found = [name for name in registry.names() if name != "reference" and not registry.unavailable(registry.get(name))]
+    return [name for name in found if names is None or name in names]
+
+
+def contenders(shape: Shape, device: torch.device, flex: bool) -> dict[str, Callable[[], object]]:
+    """What is put to the clock for a shape: our backends that take the call, the automatic choice, SDPA and FlexAttention."""
+    heads = ((shape.q_heads, shape.q_len), (shape.kv_heads, shape.kv_len), (shape.kv_heads, shape.kv_len))
+    q, k, v = (torch.randn(shape.batch, count, length, shape.head_dim, dtype=torch.bfloat16, device=device) for count, length in heads)
+    options = {"is_causal": shape.is_causal, "softcap": shape.softcap or None}
+    made: dict[str, Callable[[], object]] = {}
+    for name in ours(device):
+        try:
+            attention(q, k, v, backend=name, **options)
+        except Exception:               # it objects, or fails and the conformance check has its words
+            continue
+        made[name] = lambda name=name: attention(q, k, v, backend=name, **options)
+    made[CHOSEN] = lambda: attention(q, k, v, **options)
+    if not shape.softcap:
+        made[SDPA] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal, enable_gqa=shape.q_heads != shape.kv_heads)
+    if flex and device.type == "cuda":
+        made[FLEX] = flex_attention(q, k, v, shape)
+    return made
+
+
+def flex_attention(q, k, v, shape: Shape) -> Callable[[], object]:
+    """torch's compiled FlexAttention for the call, compiled for these sizes."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = None
+    if shape.is_causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.q_len, shape.kv_len, device=q.device)
+    cap = (lambda score, b, h, i, j: shape.softcap * torch.tanh(score / shape.softcap)) if shape.softcap else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, score_mod=cap, block_mask=mask, enable_gqa=shape.q_heads != shape.kv_heads)
+
+
+def prefill(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
+    """TFLOP/s of every contender, and the two bars."""
+    shapes = PREFILL[:2] if quick else PREFILL
+    return _prefill(device, ceilings, shapes if device.type == "cuda" else REHEARSAL["prefill"], 5 if quick else 20)
+
+
+def _prefill(device: torch.device, ceilings: Ceilings, shapes: tuple[Shape, ...], rounds: int) -> Outcome:
+    figures, table = [], [("shape", "contender", "ms", "TFLOP/s", "of the matrix rate")]
+    for shape in shapes:
+        found = medians(contenders(shape, device, True), device, rounds)
+        flop = attention_flop(shape.batch, shape.q_heads, shape.q_len, shape.kv_len, shape.head_dim, shape.is_causal)
+        for name, seconds in found.items():
+            if isinstance(seconds, str):
+                table.append((shape.name, name, seconds, "", ""))
+            else:
+                rate = flop / seconds / 1e12
+                table.append((shape.name, name, f"{1e3 * seconds:.3f}", f"{rate:.1f}", f"{100 * ceilings.of_rate(rate):.0f} %"))
+        figures += ratios(shape.name, found)
+    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}", figures, table)
+
+
+def decode(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
+    """GB/s of keys and values of every contender; the bar is for our choice."""
+    shapes = (DECODE[:2] if quick else DECODE) if device.type == "cuda" else REHEARSAL["decode"]
+    rounds = 10 if quick else 40
+    figures, table = [], [("shape", "contender", "us", "GB/s", "of the copy")]
+    for shape in shapes:
+        found = medians(contenders(shape, device, not quick), device, rounds)
+        size = decode_bytes(shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim, 2)
+        for name, seconds in found.items():
+            if isinstance(seconds, str):
+                table.append((shape.name, name, seconds, "", ""))
+                continue
+            rate = size / seconds / 1e9
+            table.append((shape.name, name, f"{1e6 * seconds:.1f}", f"{rate:.0f}", f"{100 * ceilings.of_bandwidth(rate):.0f} %"))
+            if name in (CHOSEN, "triton"):
+                figures.append(Figure(f"{shape.name}, {name}, of the copy's bandwidth", ceilings.of_bandwidth(rate), "", DECODE_BAR))
+    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}, host overhead included", figures, table)
+
+
+def ratios(shape: str, found: dict[str, float | str]) -> list[Figure]:
+    """Our Triton kernel over FlexAttention, and our choice over SDPA, where both ran: how many times as fast."""
+    made = []
+    for mine, other, bar in (("triton", FLEX, FLEX_BAR), (CHOSEN, SDPA, SDPA_BAR)):
+        pair = [found.get(mine), found.get(other)]
+        if all(isinstance(seconds, float) for seconds in pair):
+            made.append(Figure(f"{shape}: {mine} over {other}", pair[1] / pair[0], "x", bar))
+    return made

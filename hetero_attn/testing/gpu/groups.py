@@ -1,0 +1,100 @@
+"""Ranks on a machine with one GPU: a fused communicator's twin without multicast, a world of one, and a group of a GPU and a CPU rank.
+
+Every rank makes every rank's inputs from a seed, so each compares its own results with the definition in fp64. Two processes on one GPU
+are allowed by TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES; NCCL refuses them, so torch.distributed's part of the group is gloo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+
+from hetero_attn import registry
+from hetero_attn.collectives import init_communicator
+from hetero_attn.communicator import Communicator, SoloCommunicator, shard_rows
+from hetero_attn.parallel.launch import RankFailure, run_ranks
+from hetero_attn.profile import load_profile
+from hetero_attn.testing.gpu.outcome import FAILED, PASSED, Outcome, skipped
+from hetero_attn.testing.tolerances import mismatch
+
+OVERLAPPING = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+SITE, EPS, TIMEOUT_S, LIMIT_S = "layers.0.o_proj", 1e-5, 30.0, 240.0
+ROWS, WIDTHS = (1, 2, 7, 64, 333), (64, 4096, 8192)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def values(name: str, rank: int, *shape: int) -> torch.Tensor:
+    """fp32 numbers that every rank can make for any other."""
+    seed = sum(ord(letter) for letter in name) * 1009 + rank
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def complaints(communicator: Communicator, device: torch.device, rows=ROWS, widths=WIDTHS, dtypes=DTYPES) -> list[str]:
+    """All-reduce and the fused norm on this rank, over rows, widths and dtypes, from buffers of the communicator: what is wrong."""
+    wrong = []
+    world, rank = communicator.world_size, communicator.rank
+    for T, C, dtype in itertools.product(rows, widths, dtypes):
+        inputs = [values(f"x {T} {C}", each, T, C).to(dtype) for each in range(world)]
+        total = sum(each.double() for each in inputs)                                                # [T, C]
+        weight, own = values("weight", 0, C).to(dtype), shard_rows(T, rank, world)
+        residual = values(f"residual {T} {C}", 0, T, C).to(dtype)
+        wanted = residual.double() + total
+        normed = wanted / (wanted.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+        x = communicator.empty((T, C), dtype)
+        x.copy_(inputs[rank])
+        found = communicator.all_reduce(x, site=SITE).cpu()
+        text = mismatch(found, total, dtype, magnitude=2.0 * world)
+        wrong.append(text and f"all_reduce {T} x {C} {dtype}: {text}")
+        x = communicator.empty((T, C), dtype)
+        x.copy_(inputs[rank])
+        shard = residual[own].to(device)
+        got, left = communicator.all_reduce_rms_norm(x, shard, weight.to(device), EPS, site=SITE)
+        size = max(2.0 * world, normed.abs().max().item())
+        for what, one, other in (("norm", got.cpu(), normed), ("residual", left.cpu(), wanted[own])):
+            text = mismatch(one, other, dtype, magnitude=size)
+            wrong.append(text and f"all_reduce_rms_norm {T} x {C} {dtype}: {what}: {text}")
+    return [line for line in wrong if line]
+
+
+def in_rank(name: str, devices: tuple[str, ...], widths: tuple[int, ...]) -> tuple[str, list[str]]:
+    """One rank of a group whose rank r lives on devices[r], with the communicator of that name: (what serves, complaints)."""
+    import os
+
+    device = torch.device(devices[int(os.environ["RANK"])])
+    profile = dataclasses.replace(load_profile("cpu" if device.type == "cpu" else None), communicators=(name,))
+    with init_communicator(profile, timeout_s=TIMEOUT_S, device=device) as communicator:
+        return type(communicator).__name__, complaints(communicator, device, widths=widths)
+
+
+def twin(device: torch.device, name: str = "hopper") -> Outcome:
+    """Two processes on one GPU by the communicator of backend `name`: without multicast it must serve, and right."""
+    if name not in registry.names():
+        return skipped(f"there is no backend {name!r} here; known are {', '.join(registry.names())}")
+    backend = registry.get(name)
+    if reasons := registry.unavailable(backend):
+        return skipped(f"{name}: {'; '.join(reasons)}")
+    return _ranks(name, (str(device), str(device)), WIDTHS, OVERLAPPING)
+
+
+def mixed(device: torch.device) -> Outcome:
+    """A tensor-parallel group of one GPU rank and one CPU rank, over gloo."""
+    return _ranks("distributed", (str(device), "cpu"), WIDTHS[:2], {})
+
+
+def _ranks(name: str, devices: tuple[str, ...], widths: tuple[int, ...], env: dict[str, str]) -> Outcome:
+    try:
+        found = run_ranks(in_rank, (name, devices, widths), len(devices), timeout_s=LIMIT_S, env=env)
+    except RankFailure as failure:
+        return Outcome(FAILED, f"{name} on {', '.join(devices)}: {failure}")
+    wrong = [f"rank {rank}: {line}" for rank, (_, lines) in enumerate(found) for line in lines]
+    text = f"{found[0][0]} on {', '.join(devices)}, {len(ROWS) * len(widths) * len(DTYPES)} shapes and dtypes"
+    return Outcome(FAILED if wrong else PASSED, text + "".join(f"\n{line}" for line in wrong[:8]))
+
+
+def alone(device: torch.device) -> Outcome:
+    """A world of one on the device."""
+    with SoloCommunicator(device=device) as communicator:
+        wrong = complaints(communicator, device, widths=WIDTHS[:2])
+    return Outcome(FAILED if wrong else PASSED, f"a world of one on {device}" + "".join(f"\n{line}" for line in wrong[:8]))

@@ -1,0 +1,191 @@
+"""make gpu-check without a GPU: it says what it needs, its arithmetic and its page are right, and a rehearsal runs it on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetero_attn.testing.attention_cases import attention_cases
+from hetero_attn.testing.gpu import attention_bench, checks, conform, graphs, groups, norm_bench
+from hetero_attn.testing.gpu import ceilings as limits
+from hetero_attn.testing.gpu.__main__ import NO_DEVICE, main, need
+from hetero_attn.testing.gpu.ceilings import Ceilings
+from hetero_attn.testing.gpu.clock import medians
+from hetero_attn.testing.gpu.outcome import BELOW, FAILED, PASSED, SKIPPED, Figure, Outcome, judged
+from hetero_attn.testing.gpu.page import page_path, text_of, written
+
+CPU = torch.device("cpu")
+without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@without_a_gpu
+def test_says_in_one_line_what_it_needs(tmp_path):
+    command = [sys.executable, "-m", "hetero_attn.testing.gpu", "--page", str(tmp_path / "page.md")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == NO_DEVICE == 3 and len(done.stdout.splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert "gpu-check needs a GPU that torch sees (CUDA or ROCm), its driver, and triton; here torch" in done.stdout and need()
+
+
+def test_checks_are_chosen_by_name(capsys):
+    assert [check.name for check in checks.selected(None)] == [check.name for check in checks.CHECKS]
+    assert [check.name for check in checks.selected("norm, twin")] == ["twin", "norm"]
+    with pytest.raises(ValueError, match="no check is called speed; there are conformance, twin, alone, mixed, graphs"):
+        checks.selected("norm,speed")
+    with pytest.raises(ValueError, match="it names no check"):
+        checks.selected(" ,")
+    with pytest.raises(SystemExit) as wrong:
+        main(["--only", "speed"])
+    assert wrong.value.code == 2 and "no check is called speed" in capsys.readouterr().err
+    assert main(["--list"]) == 0 and "two processes on one GPU" in capsys.readouterr().out
+
+
+def test_bad_places(tmp_path, capsys):
+    away = str(tmp_path / "away" / "x.md")
+    for arguments, words in ((["--rehearse"], "name a --page"), (["--rehearse", "--page", away], "does not exist")):
+        with pytest.raises(SystemExit) as wrong:
+            main(arguments)
+        assert wrong.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_arithmetic():
+    assert limits.product_tflops(8192, 2 * 8192**3 / 1e15) == pytest.approx(1000)
+    assert limits.copy_gbps(1 << 30, 2 * (1 << 30) / 3e12) == pytest.approx(3000)
+    assert limits.attention_flop(2, 4, 8, 8, 16, False) == 4 * 2 * 4 * 16 * 64
+    assert limits.attention_flop(1, 1, 4, 4, 1, True) == 4 * (1 + 2 + 3 + 4)
+    assert limits.attention_flop(1, 1, 2, 5, 1, True) == 4 * (4 + 5) and limits.attention_flop(1, 1, 5, 2, 1, True) == 4 * (1 + 2)
+    assert limits.decode_bytes(8, 8, 8192, 128, 2) == 2 * 8 * 8 * 8192 * 128 * 2 and limits.norm_bytes(64, 8192, 2) == 4 * 64 * 8192 * 2
+    found = Ceilings(500.0, 2500.0)
+    assert found.of_rate(250) == 0.5 and found.of_bandwidth(2000) == 0.8
+
+
+def test_bars():
+    pair = {"triton": 2.0, attention_bench.FLEX: 3.0, attention_bench.CHOSEN: 2.0, attention_bench.SDPA: 1.0}
+    figures = attention_bench.ratios("p", pair)
+    assert [(figure.what, figure.value, figure.reached) for figure in figures] == [
+        ("p: triton over FlexAttention", 1.5, True), ("p: chosen over torch SDPA", 0.5, False)]
+    assert attention_bench.ratios("p", pair | {"triton": "RuntimeError: no", attention_bench.SDPA: "no"}) == []
+    assert judged("", figures, []).status == BELOW and judged("", figures[:1], []).status == PASSED
+    assert str(figures[1]) == "p: chosen over torch SDPA: 0.5 x (below its bar of 1)" and Figure("x", 2, "GB/s").reached
+
+
+def test_a_failing_contender_keeps_its_words():
+    def fails():
+        raise RuntimeError("no kernel\nmore")
+
+    found = medians({"good": lambda: torch.ones(4).sum(), "bad": fails}, CPU, 3)
+    assert isinstance(found["good"], float) and found["bad"] == "RuntimeError: no kernel"
+
+
+def test_children_are_collected():
+    said = '{"passed": 5, "objected": 2, "failures": 1, "seconds": 3.0, "failed": {"x": "y"}}'
+    done = subprocess.CompletedProcess([], 1, f"noise\n{said}\n", "")
+    found, line = checks.collected("triton", done)
+    assert found["failed"] == {"x": "y"} and line == "triton: 5 passed, 2 objected to, 1 failed in 3.0 s"
+    found, line = checks.collected("triton", subprocess.CompletedProcess([], -11, "", "a\nb\nCUDA error: an illegal memory access\n"))
+    assert found == {} and line == "triton: the process ended with -11: a | b | CUDA error: an illegal memory access"
+
+
+def test_whatever_a_check_raises_is_its_outcome():
+    def fails(run):
+        raise RuntimeError("out of memory")
+
+    outcome = checks.carried_out(checks.Check("x", "", fails), checks.Run(CPU))
+    assert outcome.status == FAILED and outcome.text.startswith("RuntimeError: out of memory") and outcome.seconds >= 0
+
+    def late(run):
+        raise subprocess.TimeoutExpired("x", 5)
+
+    assert checks.carried_out(checks.Check("x", "", late), checks.Run(CPU)).text == "no end after 5 s"
+
+
+def test_the_suite_without_pytest():
+    found = conform.conform("sdpa", "cpu", conform.cases_of(1, True))
+    assert found["failures"] == 0 and found["passed"] > 10
+    few = {case.name for case in conform.cases_of(1, True)}
+    assert {"plain-fp16", "causal-5x49-fp32", "everything-49x5-bf16"} <= few
+    assert len(conform.cases_of(9, False)) < len(attention_cases()) // 8
+
+
+def test_a_faulty_backend_fails_the_suite():
+    from hetero_attn import registry
+    from hetero_attn.reference import ReferenceBackend
+
+    class Doubles(ReferenceBackend):
+        name = "doubles"
+
+        def attention(self, q, k, v, spec, operands):
+            out, lse = super().attention(q, k, v, spec, operands)
+            return out * 2, lse
+
+    with registry.register("doubles", Doubles):
+        found = conform.conform("doubles", "cpu", conform.cases_of(1, True)[:6])
+    assert found["failures"] >= 3 and "numbers are off" in next(iter(found["failed"].values()))
+
+
+def test_groups_on_the_cpu():
+    assert groups.alone(CPU).status == PASSED
+    outcome = groups.twin(CPU, "nothing")
+    assert outcome.status == SKIPPED and outcome.text.startswith("there is no backend 'nothing' here; known are ")
+
+
+def test_the_groups_check_sees_a_fault():
+    from hetero_attn.communicator import SoloCommunicator
+
+    class Forgets(SoloCommunicator):
+        def reduce_add_norm(self, call):
+            normed, residual = super().reduce_add_norm(call)
+            return normed * 1.1, residual
+
+    with Forgets() as communicator:
+        assert "norm: " in groups.complaints(communicator, CPU, rows=(7,), widths=(64,))[0]
+
+
+@pytest.mark.ranks
+def test_a_group_of_two():
+    outcome = groups._ranks("distributed", ("cpu", "cpu"), (64,), {})
+    assert outcome.status == PASSED and "DistributedCommunicator on cpu, cpu, 15 shapes and dtypes" in outcome.text
+
+
+def test_graphs_need_cuda():
+    assert graphs.graphs(CPU).text == "cpu has no CUDA graphs"
+
+
+def test_benchmarks_on_the_cpu():
+    found = Ceilings(0.1, 10.0)
+    for outcome in (attention_bench.prefill(CPU, found, True), attention_bench.decode(CPU, found, True), norm_bench.norm(CPU, found, True)):
+        assert outcome.status in (PASSED, BELOW) and len(outcome.table) > 2 and outcome.text.startswith(("1 shapes", "hidden 64"))
+    assert {row[1] for row in attention_bench.prefill(CPU, found, True).table} >= {"sdpa", attention_bench.SDPA, attention_bench.CHOSEN}
+
+
+def test_the_page():
+    outcomes = {"conformance": Outcome(FAILED, "triton: 5 passed\n  a|b: off", seconds=3.4), "graphs": Outcome(SKIPPED, "no CUDA graphs"),
+                "norm": judged("hidden 8192", [Figure("1024 tokens", 0.7, "", 0.8)], [("tokens", "us"), ("64", "3")])}
+    text = text_of("NVIDIA H100", {"torch": "2.13.0"}, outcomes, quick=False, rehearsal=False)
+    assert text.startswith("# NVIDIA H100: gpu-check\n") and "| conformance | **failed** | 3 | triton: 5 passed |" in text
+    assert "| norm | **below its bar** | 0 | hidden 8192 |" in text and "- 1024 tokens: 0.7  (below its bar of 0.8)" in text
+    assert "- a|b: off" in text and "| tokens | us |\n|---|---|\n| 64 | 3 |" in text and "torch 2.13.0." in text and "rehearsal" not in text
+    assert page_path("NVIDIA H100 80GB HBM3").parts[-3:] == ("docs", "measured", "nvidia_h100_80gb_hbm3.md")
+
+
+def test_a_page_is_written_in_one_step(tmp_path):
+    written(tmp_path / "page.md", "one")
+    written(tmp_path / "page.md", "two")
+    assert (tmp_path / "page.md").read_text() == "two" and [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+@pytest.mark.ranks
+def test_a_rehearsal(tmp_path):
+    """Every check through the command itself: conformance in children, two ranks, benchmarks, page and JSON."""
+    names = "conformance,mixed,graphs,sanitizer,ceilings,prefill"
+    arguments = ["--rehearse", "--quick", "--only", names, "--page", str(tmp_path / "page.md")]
+    done = subprocess.run([sys.executable, "-m", "hetero_attn.testing.gpu", *arguments, "--json", str(tmp_path / "found.json")],
+                          capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=280)
+    found = json.loads((tmp_path / "found.json").read_text())
+    statuses = {name: each["status"] for name, each in found["checks"].items()}
+    assert statuses["conformance"] == statuses["mixed"] == statuses["ceilings"] == PASSED, done.stdout + done.stderr
+    assert statuses["graphs"] == statuses["sanitizer"] == SKIPPED and statuses["prefill"] in (PASSED, BELOW) and found["rehearsal"]
+    assert "sdpa: " in found["checks"]["conformance"]["text"] and "triton: not here: " in found["checks"]["conformance"]["text"]
+    assert "A rehearsal on a CPU" in (tmp_path / "page.md").read_text() and done.returncode == (BELOW in statuses.values())
