@@ -91,7 +91,7 @@ FAULTS = {
     "one staging buffer": Fault("collectives.cu", "call.staging + (epoch & 1) *", "call.staging + 0 *", quick=True, **ONE_SHOT),
     "the end of x is not a unit": Fault("collectives.cu", "(call.elements + UNIT - 1) / UNIT", "call.elements / UNIT",
                                         **ONE_SHOT | {"options": {"symmetric": False, "elements": 1003}}),
-    "a wait without an end": Fault("barrier.cuh", "if (nanoseconds() - began > (unsigned long long)call.timeout_ns) return 1;", "",
+    "a wait without an end": Fault("barrier.cuh", "if (nanoseconds() - began > (unsigned long long)call.timeout_ns) return LATE;", "",
                                    scenario=scenarios.absent, setting={"timeout_s": 0.3, "time_limit_s": 1.0}, says="has waited 1 s", quick=True),
     "the wrong rank is blamed": Fault("barrier.cuh", "(unsigned long long)other << 48", "(unsigned long long)call.rank << 48",
                                       scenario=scenarios.absent, setting={"timeout_s": 0.3, "lates": 1}),

@@ -59,7 +59,7 @@ class Lane:
         side.wait_stream(self.streams.current_stream(self._device))
         self.wait(self._last, side)
         for tensor in tensors:
-            tensor.record_stream(side)
+            _keep(tensor, side)
         with self.streams.stream(side):
             result = call()
         mark = self._mark(side)
@@ -88,6 +88,11 @@ class LaneHandle(Handle):
         stream = self._streams.current_stream(self._device)
         stream.wait_event(self._event)
         for tensor in self._result if isinstance(self._result, tuple) else (self._result,):
-            if isinstance(tensor, torch.Tensor):
-                tensor.record_stream(stream)         # made for the side stream, from now on used on this one
+            _keep(tensor, stream)                    # made for the side stream, from now on used on this one
         return self._result
+
+
+def _keep(tensor: Any, stream: Any) -> None:
+    """Let torch's allocator not hand the tensor's memory on before the stream is done with it."""
+    if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+        tensor.record_stream(stream)
