@@ -260,8 +260,8 @@ class Communicator:
         return () if self.base is None else self.base.cta_choices
 
     def use_ctas(self, attention: int | None = None, mlp: int | None = None) -> None:
-        """(optional) From now on started sums after an attention, and after an MLP, run on so many CTAs; None = as before. All ranks say the
-        same, between the same calls. Raises ValueError for a number that cannot be."""
+        """(optional) From now on started sums after an attention, and after an MLP, run on so many CTAs; None = as before. All ranks say
+        the same, between the same calls. Raises ValueError for a number that cannot be."""
         if self.base is not None:
             self.base.use_ctas(attention, mlp)
 

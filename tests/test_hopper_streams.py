@@ -1,11 +1,12 @@
 """The order of a communicator's kernels on streams, and weaving with a few CTAs: without a GPU, by streams that keep the books.
 
-A BookStream is a stream whose work is a list; an event is a place in it. What is ordered before what follows from the waits, as on a device, and
-not from the order in which the host made the calls.
+A BookStream is a stream whose work is a list; an event is a place in it. What is ordered before what follows from the waits, as on a
+device, and not from the order in which the host made the calls.
 """
 
 import random
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -125,7 +126,7 @@ def test_kernels_follow_one_another_whatever_streams_they_were_called_on():
     before = on_streams(run)
     launches = sorted((name for name in before if isinstance(name, tuple)), key=lambda name: int(name[0].split()[1]))
     assert len(launches) == 9
-    for earlier, later in zip(launches, launches[1:]):
+    for earlier, later in pairwise(launches):
         assert earlier in before[later], f"{later} does not wait for {earlier}"
     assert set(launches[:-1]) <= before["end"]          # the last is on a stream that nobody joined
 
@@ -186,7 +187,8 @@ def test_under_a_capture_only_what_it_captured_is_waited_for():
         later = [communicator.empty((8, 16), torch.bfloat16) for _ in range(20)]
         communicator.all_reduce(torch.ones(600))
         last = next(name for name in books.before if name not in outside | inside)
-        return [outside & books.before[name] for name in inside], inside & books.before[last], address in [each.data_ptr() for each in later]
+        reused = address in [each.data_ptr() for each in later]
+        return [outside & books.before[name] for name in inside], inside & books.before[last], reused
 
     waited, outside_waits, reused = on_streams(run)
     assert waited == [set()] and outside_waits == set() and not reused
@@ -210,7 +212,7 @@ def test_the_heap_gives_every_place_once_and_all_of_it_back():
         held[turn] = holder
     del holder, found
     held.clear()
-    whole, place = heap.take(1 << 16, Holder)
+    _, place = heap.take(1 << 16, Holder)
     assert place.start == 1024 and place.after.number > 2000           # behind the last that used any of it
 
 

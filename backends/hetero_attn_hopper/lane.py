@@ -1,8 +1,8 @@
 """In which order a communicator's kernels run on a device: one after the other, on whatever streams they were called.
 
-Two of its kernels at once would meet at the same slots, so each waits for the one before it, by an event and without the host. Started calls
-run on a side stream that begins behind the calling stream's work so far; a call that is not started runs on the calling stream. Under a
-CUDA graph's capture only what belongs to the capture may be waited for: what was enqueued before lies before the graph anyway.
+Two of its kernels at once would meet at the same slots, so each waits for the one before it, by an event and without the host. Started
+calls run on a side stream that begins behind the calling stream's work so far; a call that is not started runs on the calling stream. Under
+a CUDA graph's capture only what belongs to the capture may be waited for: what was enqueued before lies before the graph anyway.
 
 `streams` is torch.cuda, or what takes its place; None where a launch is done when it returns (the kernels executed on the CPU).
 """

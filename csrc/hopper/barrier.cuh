@@ -6,14 +6,14 @@
 // counted in device memory: a CUDA graph that is replayed counts on.
 //
 // word:   16 bits epoch | 16 bits signature of the call | 32 bits offset of the rank's tensor / 16
-// status: 8 bits reason (1 = did not come, 2 = made another call) | 8 bits rank | 8 bits channel | 8 bits meeting of the call | 32 bits number
+// status: 8 bits reason | 8 bits rank | 8 bits channel | 8 bits meeting of the call | 32 bits number of the call
 //
-// Every wait ends: at the time-out it writes the status, the block gives up, and the kernels behind it do not begin. TokenWeave
-// (arXiv 2505.11329) lets the first put be relaxed; then nothing orders the summand that a kernel before has written.
+// Every wait ends: at the time-out the first CTA to find out writes the status, the others give up, and the kernels behind do not begin.
+// TokenWeave (arXiv 2505.11329) lets the first put be relaxed; then nothing orders the summand that a kernel before has written.
 #pragma once
 #include "system.cuh"
 
-enum Reason : int { LATE = 1, OUT_OF_STEP = 2, GAVE_UP = 3 };
+enum Reason : int { LATE = 1, OUT_OF_STEP = 2, GAVE_UP = 3 };     // did not come; made another call
 
 struct Meeting {                       // a block's, in shared memory
   unsigned long long tensor[MAX_RANKS];    // each rank's tensor, by what it told: an address

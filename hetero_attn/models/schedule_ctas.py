@@ -1,7 +1,7 @@
 """On how many of the device's units a sum should run beside the products: few leave more to the products, many are sooner done.
 
-Asked only where the communicator says that its sums take units (Communicator.cta_choices: kernels of our own, one CTA a unit). TokenWeave finds
-the numbers of its attention and MLP phases by a long sweep; here a weave's steps are timed with equal numbers first, and then each is
+Asked only where the communicator says that its sums take units (Communicator.cta_choices: kernels of our own, one CTA a unit). TokenWeave
+finds the numbers of its attention and MLP phases by a long sweep; here a weave's steps are timed with equal numbers first, and then each is
 varied beside the other's best.
 """
 
