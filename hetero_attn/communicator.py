@@ -251,6 +251,20 @@ class Communicator:
         options = {"site": site, "weight_offset": weight_offset, "post_weight": post_weight}
         return self.start("all_reduce_rms_norm", x, residual_shard, weight, eps, **options)
 
+    # ---- the device's units ---------------------------------------------------------------------------------------------
+
+    @property
+    def cta_choices(self) -> tuple[int, ...]:
+        """(optional) Numbers of CTAs, one a unit of the device, that a started sum may run on, smallest first; the same on every rank.
+        () = sums take none of the units that compute."""
+        return () if self.base is None else self.base.cta_choices
+
+    def use_ctas(self, attention: int | None = None, mlp: int | None = None) -> None:
+        """(optional) From now on started sums after an attention, and after an MLP, run on so many CTAs; None = as before. All ranks say
+        the same, between the same calls. Raises ValueError for a number that cannot be."""
+        if self.base is not None:
+            self.base.use_ctas(attention, mlp)
+
     # ---- the end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""CUDA kernels as cubins: one source and one architecture, found ready or compiled by NVRTC 12, which needs no GPU.
+"""CUDA kernels as cubins: one source and one architecture, found ready or compiled by NVRTC, which needs no GPU.
 
 The same three places and the same cache as native kernels (jit.py, artifacts.py). NVRTC comes from PyPI (nvidia-cuda-nvrtc-cu12) and is
-called through ctypes, because CuPy compiles nothing where there is no driver. 12.9 is the last that makes sm_70; 13 dropped it. What ptxas
-says of registers, spills and shared memory is recorded with the cubin.
+called through ctypes, because CuPy compiles nothing where there is no driver. 12.9 is the last that makes sm_70; 13, which torch's CUDA 13
+builds bring, serves where there is no 12 and refuses that architecture itself. What ptxas says of registers, spills and shared memory is
+recorded with the cubin.
 """
 
 from __future__ import annotations
@@ -69,15 +70,9 @@ class Nvrtc:
 
 @cache
 def find_nvrtc() -> Nvrtc | str:
-    """NVRTC 12 from its wheel, else from the system; or the reason why there is none."""
-    places = []
-    try:
-        wheel = importlib.util.find_spec("nvidia.cuda_nvrtc")
-    except ModuleNotFoundError:
-        wheel = None
-    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
-        places += sorted(Path(folder).glob("lib/libnvrtc.so.12*"))
-    for place in (*places, "libnvrtc.so.12"):
+    """NVRTC 12 from its wheel, else from the system, else 13; or the reason why there is none."""
+    places = [*_carried("nvidia.cuda_nvrtc", 12), "libnvrtc.so.12", *_carried("nvidia.cu13", 13), "libnvrtc.so.13"]
+    for place in places:
         try:
             library = ctypes.CDLL(str(place))
         except OSError:
@@ -87,6 +82,16 @@ def find_nvrtc() -> Nvrtc | str:
         if library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)) == 0:
             return Nvrtc(library, (major.value, minor.value))
     return f"NVRTC 12 is not installed; {REMEDY}"
+
+
+def _carried(package: str, major: int) -> list[Path]:
+    """NVRTC in a wheel."""
+    try:
+        wheel = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        return []
+    folders = (wheel.submodule_search_locations or ()) if wheel else ()
+    return [place for folder in folders for place in sorted(Path(folder).glob(f"lib/libnvrtc.so.{major}*"))]
 
 
 def nvrtc_reason() -> str | None:

@@ -70,8 +70,8 @@ class DeviceProfile:
                                       default=1 << 19, minimum=4096)
     shared_heap_bytes: int = setting("Communicator cpu: a rank's room for tensors in shared memory, bytes, a multiple of 4096; it "
                                      "grows when a tensor does not fit", default=4 << 20, minimum=4096)
-    symmetric_stage_bytes: int = setting("Communicator hopper: the longest all-reduce of two ranks that is one exchange of everything, bytes; "
-                                         "of more ranks less", default=1 << 18, minimum=256)
+    symmetric_stage_bytes: int = setting("Communicator hopper: the longest all-reduce of two ranks that is one exchange of everything, "
+                                         "bytes; of more ranks less", default=1 << 18, minimum=256)
     symmetric_room_bytes: int = setting("Communicator hopper: the largest tensor that a call takes, bytes, a multiple of 4096; so much of "
                                         "a device's memory is kept for tensors that are not symmetric by themselves",
                                         default=64 << 20, minimum=4096)

@@ -1,6 +1,7 @@
 """hopper-emulated: the hopper communicator on CPU tensors, its ranks threads, its kernels run by csrc/simt's executor. For tests only.
 
-Everything above the launch is the device's own: arguments, the choice with its reasons, shards, the memory's layout, meetings and time-outs.
+Everything above the launch is the device's own: arguments, the choice with its reasons, shards, the memory's layout, meetings and
+time-outs.
 """
 
 import ctypes
@@ -23,8 +24,8 @@ SIZES = {"symmetric_stage_bytes": 4096, "symmetric_room_bytes": 4 << 20, "symmet
 class Node:
     """What the ranks share: their memory, and the flag that lets them give up together. door: whether there is a multicast address.
 
-    root: where csrc/hopper's sources are (seeded faults). weak: memory at system scope is weak. stall_s: rank -> how long its blocks sleep at
-    their ends, and behind barrier number stall_barrier. order: of threads.
+    root: where csrc/hopper's sources are (seeded faults). weak: memory at system scope is weak. stall_s: rank -> how long its blocks sleep
+    at their ends, and behind barrier number stall_barrier. order: of threads.
     """
 
     def __init__(self, world_size: int, *, multicast: bool = True, root: Path | None = None, weak: bool = False,
@@ -77,8 +78,8 @@ class EmulatedDevice:
             held.keep = own
             return held, torch.frombuffer(held, dtype=torch.uint8)
 
-        return SymmetricMemory(own, [each.data_ptr() for each in self.node.memory], 1 if self.node.multicast else 0, "emulated", view, status,
-                               status.data_ptr(), [own])
+        buffers = [each.data_ptr() for each in self.node.memory]
+        return SymmetricMemory(own, buffers, int(self.node.multicast), "emulated", view, status, status.data_ptr(), [own])
 
     def shared_bytes(self, device):
         return 227 << 10

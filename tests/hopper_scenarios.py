@@ -101,8 +101,8 @@ def absent(communicator, node, lates, **options):
         return None
     began = time.monotonic()
     try:
-        communicator.all_reduce_rms_norm(torch.ones(4, 16), torch.zeros(communicator.row_counts(4)[communicator.rank], 16), torch.ones(16), EPS,
-                                         site="layers.0.o_proj")
+        shard = torch.zeros(communicator.row_counts(4)[communicator.rank], 16)
+        communicator.all_reduce_rms_norm(torch.ones(4, 16), shard, torch.ones(16), EPS, site="layers.0.o_proj")
     except CommunicatorError as error:
         took, text = time.monotonic() - began, str(error)
         wanted = (f"rank {lates} did not come", "slot ", "layers.0.o_proj")
@@ -111,7 +111,8 @@ def absent(communicator, node, lates, **options):
     return "no error"
 
 
-def complaints(scenario, world, *, lates=None, multicast=True, door=None, timeout_s=TIMEOUT_S, stage=256, ctas=2, options=None, **node_options):
+def complaints(scenario, world, *, lates=None, multicast=True, door=None, timeout_s=TIMEOUT_S, stage=256, ctas=2, options=None,
+               **node_options):
     """The scenario with each rank late in turn (or `lates` alone): what the ranks complain of."""
     found = []
     for each in range(world) if lates is None else [lates]:
@@ -123,6 +124,9 @@ def complaints(scenario, world, *, lates=None, multicast=True, door=None, timeou
             communicator.timeout_s = timeout_s
             return scenario(communicator, node, late_rank, **(options or {}))
 
-        outcomes = on_threads(run, world, wrap=lambda base, node=node: emulated(base, node, door=door, **changes), timeout_s=30.0)
-        found += [f"rank {rank}: {outcome.result or outcome.text}" for rank, outcome in enumerate(outcomes) if outcome.result or outcome.error]
+        def wrap(base, node=node, changes=changes):
+            return emulated(base, node, door=door, **changes)
+
+        outcomes = on_threads(run, world, wrap=wrap)
+        found += [f"rank {rank}: {each.result or each.text}" for rank, each in enumerate(outcomes) if each.result or each.error]
     return found

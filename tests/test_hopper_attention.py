@@ -1,4 +1,5 @@
-"""hopper's attention without a GPU: what it says of calls, and the conformance cases with torch's kernels replaced by their documents' meaning."""
+"""hopper's attention without a GPU: what it says of calls, and the conformance cases with torch's kernels replaced by their documents'
+meaning."""
 
 from dataclasses import replace
 
@@ -23,7 +24,8 @@ BASE = AttentionSpec("cuda", torch.bfloat16, 2, 32, 8, 512, 512, 128, 128, is_ca
 VARLEN = {"varlen": True, "total_q": 700}
 RUNS = {
     "causal": {}, "fp16": {"dtype": torch.float16}, "decode": {"q_len": 1}, "chunk": {"q_len": 100}, "window": {"window_size": (63, 0)},
-    "alibi": {"alibi": 1}, "sinks": {"sinks": True}, "lse": {"return_lse": True}, "packed": VARLEN, "head 72": {"head_dim": 72, "v_head_dim": 72},
+    "alibi": {"alibi": 1}, "sinks": {"sinks": True}, "lse": {"return_lse": True}, "packed": VARLEN,
+    "head 72": {"head_dim": 72, "v_head_dim": 72},
     "decode on pages": VARLEN | {"q_len": 1, "page_size": 256},
 }
 OBJECTIONS = {
@@ -36,7 +38,7 @@ OBJECTIONS = {
     "softcap": ({"softcap": 30.0}, "softcap is 30, torch's kernels have none"),
     "mask": ({"mask": torch.bool, "is_causal": False}, "attn_mask is bool"),
     "scale": ({"scale": -1.0}, "scale is -1, the kernels want it positive"),
-    "small pages": (VARLEN | {"q_len": 1, "page_size": 64}, "pages hold 64 tokens, FlashAttention takes multiples of 256; set kv_block_size"),
+    "small pages": (VARLEN | {"q_len": 1, "page_size": 64}, "pages hold 64 tokens, FlashAttention takes multiples of 256"),
     "prefill on pages": (VARLEN | {"page_size": 256}, "only decoding a token at a time without a window goes on pages"),
 }
 
@@ -77,9 +79,11 @@ def own_cases():
     """What only FlashAttention's meaning carries: unlike lengths, windows, alibi and sinks in packed sequences, poison, pages."""
     one = {"dtype": torch.bfloat16, "q_heads": 4, "kv_heads": 2, "head_dim": 16, "lse": "always"}
     packed = {"sequences": ((5, 9), (0, 4), (7, 7), (3, 0), (6, 2)), **one}
-    for name, options in {"plain": {}, "causal": {"is_causal": True}, "window": {"window_size": (3, 1)}, "both": {"is_causal": True, "window_size": (3, -1)},
-                          "alibi": {"alibi": 1, "is_causal": True}, "slopes": {"alibi": 2}, "sinks": {"sinks": torch.float32, "is_causal": True},
-                          "poison": {"poison": "nan", "is_causal": True}, "inf": {"poison": "inf", "window_size": (2, 0)}}.items():
+    features = {"plain": {}, "causal": {"is_causal": True}, "window": {"window_size": (3, 1)},
+                "both": {"is_causal": True, "window_size": (3, -1)}, "alibi": {"alibi": 1, "is_causal": True}, "slopes": {"alibi": 2},
+                "sinks": {"sinks": torch.float32, "is_causal": True}, "poison": {"poison": "nan", "is_causal": True},
+                "inf": {"poison": "inf", "window_size": (2, 0)}}
+    for name, options in features.items():
         yield AttentionCase(f"dense-{name}", batch=2, q_len=6, kv_len=9, **one, **options)
         yield AttentionCase(f"longer-{name}", batch=2, q_len=9, kv_len=6, **one, **options)
         yield AttentionCase(f"packed-{name}", **packed, **options)
@@ -94,7 +98,8 @@ def test_own_cases(operators, case):
 
 def test_each_kernel_serves_what_is_its_own(operators):
     before = dict(operators.calls)
-    check(AttentionCase("square", torch.float16, batch=1, q_len=8, kv_len=8, q_heads=2, kv_heads=2, head_dim=8, is_causal=True, lse="never"), NAME)
+    square = {"batch": 1, "q_len": 8, "kv_len": 8, "q_heads": 2, "kv_heads": 2, "head_dim": 8}
+    check(AttentionCase("square", torch.float16, is_causal=True, lse="never", **square), NAME)
     assert operators.calls["dense"] > before["dense"] and operators.calls["flash"] == before["flash"]
 
 

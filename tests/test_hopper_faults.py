@@ -1,7 +1,7 @@
 """Seeded faults in the Hopper kernels: each is put into a copy of csrc/hopper, and the scenarios of late ranks must catch it.
 
-Orders that are too weak show because the executor's memory is weak: relaxed stores are seen late and relaxed loads give what was there before
-(csrc/simt/weak_memory.h). A fault counts as caught when some rank complains, or the executor does.
+Orders that are too weak show because the executor's memory is weak: relaxed stores are seen late and relaxed loads give what was there
+before (csrc/simt/weak_memory.h). A fault counts as caught when some rank complains, or the executor does.
 """
 
 import shutil
@@ -35,8 +35,8 @@ SCATTER_EXIT = "if (meet(call, blockIdx.x, ++epoch, 2, told)) ends(call, blockId
 
 @dataclass(frozen=True)
 class Fault:
-    """Replace `old` by `new` in one file under csrc/hopper. scenario, world, options: by which it must be caught. counted: by the checker of
-    races; says: what one of the complaints must hold."""
+    """Replace `old` by `new` in one file under csrc/hopper. scenario, world, options: by which it must be caught. counted: by the checker
+    of races; says: what one of the complaints must hold."""
 
     file: str
     old: str
@@ -60,25 +60,32 @@ FAULTS = {
     "no meeting before": Fault(FUSED, ENTRY, NOT_MET, quick=True),
     "no meeting after": Fault(FUSED, EXIT, "ends(call, channel, epoch);", quick=True),
     "the block does not gather before it puts": Fault(
-        "barrier.cuh", "  __syncthreads();                     // what all threads", "  // what all threads", options={"width": 520}, quick=True),
+        "barrier.cuh", "  __syncthreads();                     // what all threads", "  // what all threads",
+        options={"width": 520}, quick=True),
     "a rank waits for itself alone": Fault(
-        "barrier.cuh", "slot_of(call, call.rank, epoch, channel, other), epoch", "slot_of(call, call.rank, epoch, channel, call.rank), epoch", quick=True),
+        "barrier.cuh", "slot_of(call, call.rank, epoch, channel, other), epoch",
+        "slot_of(call, call.rank, epoch, channel, call.rank), epoch", quick=True),
     "meetings are not counted": Fault(
         "barrier.cuh", "if (threadIdx.x == 0) *(own_word(call, EPOCHS_AT) + channel) = epoch;", "(void)epoch;"),
     "all CTAs meet at one slot": Fault(
-        "barrier.cuh", "((epoch & 1) * CHANNELS + channel) * MAX_RANKS", "((epoch & 1) * CHANNELS) * MAX_RANKS", setting={"timeout_s": 1.0}),
+        "barrier.cuh", "((epoch & 1) * CHANNELS + channel) * MAX_RANKS", "((epoch & 1) * CHANNELS) * MAX_RANKS",
+        setting={"timeout_s": 1.0}),
     "one set of slots": Fault(
         "barrier.cuh", "((epoch & 1) * CHANNELS + channel)", "(channel)", world=3, setting={"timeout_s": 1.0}),
     "rows of the next rank": Fault(
-        FUSED, "const long long in_x = (call.first + own) * units", "const long long in_x = (call.first + own + call.rank) * units", quick=True),
+        FUSED, "const long long in_x = (call.first + own) * units", "const long long in_x = (call.first + own + call.rank) * units",
+        quick=True),
     "the last row is forgotten": Fault(FUSED, "own < call.count; own", "own < call.count - 1; own"),
-    "the residual is not written": Fault(FUSED, "      store_own(call.residual, call.residual_kind, in_shard + unit, y);\n    }\n    if (call",
-                                         "    }\n    if (call"),
-    "sums in bf16": Fault("door.cuh", "    for (int i = 0; i < UNIT; i++) total.at[i] += part.at[i];\n  }\n  for",
-                          "    for (int i = 0; i < UNIT; i++) total.at[i] = rounded(total.at[i] + part.at[i], X_KIND);\n  }\n  for", world=3,
-                          setting={"multicast": False}, quick=True),
-    "half of the warps' sums": Fault(FUSED, "value = lane < warps ? sums[lane] : 0.0f;", "value = lane < (warps + 1) / 2 ? sums[lane] : 0.0f;",
-                                     options={"width": 520}),
+    "the residual is not written": Fault(
+        FUSED, "      store_own(call.residual, call.residual_kind, in_shard + unit, y);\n    }\n    if (call",
+        "    }\n    if (call"),
+    "sums in bf16": Fault(
+        "door.cuh", "    for (int i = 0; i < UNIT; i++) total.at[i] += part.at[i];\n  }\n  for",
+        "    for (int i = 0; i < UNIT; i++) total.at[i] = rounded(total.at[i] + part.at[i], X_KIND);\n  }\n  for", world=3,
+        setting={"multicast": False}, quick=True),
+    "half of the warps' sums": Fault(
+        FUSED, "value = lane < warps ? sums[lane] : 0.0f;", "value = lane < (warps + 1) / 2 ? sums[lane] : 0.0f;",
+        options={"width": 520}),
     "sums written while they are read": Fault(FUSED, "  __syncthreads();                     // the sums may be written again\n", "",
                                               options={"width": 520, "post": True}, counted=True, says="races with thread", quick=True),
     "Gemma's offset is left out": Fault(FUSED, "(weight + call.weight_offset)", "weight", options={"weight_offset": 1.0}),
@@ -91,8 +98,9 @@ FAULTS = {
     "one staging buffer": Fault("collectives.cu", "call.staging + (epoch & 1) *", "call.staging + 0 *", quick=True, **ONE_SHOT),
     "the end of x is not a unit": Fault("collectives.cu", "(call.elements + UNIT - 1) / UNIT", "call.elements / UNIT",
                                         **ONE_SHOT | {"options": {"symmetric": False, "elements": 1003}}),
-    "a wait without an end": Fault("barrier.cuh", "if (nanoseconds() - began > (unsigned long long)call.timeout_ns) return 1;", "",
-                                   scenario=scenarios.absent, setting={"timeout_s": 0.3, "time_limit_s": 1.0}, says="has waited 1 s", quick=True),
+    "a wait without an end": Fault("barrier.cuh", "if (nanoseconds() - began > (unsigned long long)call.timeout_ns) return LATE;", "",
+                                   scenario=scenarios.absent, setting={"timeout_s": 0.3, "time_limit_s": 1.0}, says="has waited 1 s",
+                                   quick=True),
     "the wrong rank is blamed": Fault("barrier.cuh", "(unsigned long long)other << 48", "(unsigned long long)call.rank << 48",
                                       scenario=scenarios.absent, setting={"timeout_s": 0.3, "lates": 1}),
 }

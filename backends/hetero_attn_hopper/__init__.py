@@ -1,9 +1,9 @@
 """Hopper and other CUDA GPUs with fast links: collectives by our own kernels (csrc/hopper), attention by torch's cuDNN and FlashAttention.
 
-The communicator fuses all-reduce, residual add and RMSNorm in one kernel (TokenWeave, arXiv 2505.11329), summed by the switch where there is
-one (multimem), else through the peers' pointers. `plan`, `layout` and `abi` are pure Python; `making` is where the ranks agree; `device` is
-what another device would have to provide. Attention (`attention`, `operators`) is torch's kernels; what they do not express the profile's
-next backend serves.
+The communicator fuses all-reduce, residual add and RMSNorm in one kernel (TokenWeave, arXiv 2505.11329), summed by the switch where there
+is one (multimem), else through the peers' pointers. `plan`, `layout` and `abi` are pure Python; `making` is where the ranks agree; `device`
+is what another device would have to provide. Attention (`attention`, `operators`) is torch's kernels; what they do not express the
+profile's next backend serves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An attention call by torch's kernels: which of the two, and what must be done around them to keep the project's meaning.
 
-cuDNN's serves plain dense calls; FlashAttention's everything else (an lse, sinks, windows, alibi, queries and keys of unlike lengths, packed
-sequences, decoding on pages). Rows that see different keys are protected from NaN in keys they do not see: such keys and values are zeroed
-first, without looking, and rows that do see one become NaN afterwards.
+cuDNN's serves plain dense calls; FlashAttention's everything else (an lse, sinks, windows, alibi, queries and keys of unlike lengths,
+packed sequences, decoding on pages). Rows that see different keys are protected from NaN in keys they do not see: such keys and values are
+zeroed first, without looking, and rows that do see one become NaN afterwards.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def _flash(operators, q, k, v, spec: AttentionSpec, operands: Operands) -> tuple
     slopes = None if operands.alibi_slopes is None else operands.alibi_slopes.float().contiguous()
     if spec.varlen:
         q, k, v = (_by_features(x) for x in (q, k, v))
-        return operators.flash(q, k, v, operands.cu_seqlens_q.contiguous(), _starts(operands), spec.q_len, spec.kv_len, is_causal, spec.scale,
-                               window, slopes, operands.seqused_k, operands.block_table)
+        starts = operands.cu_seqlens_q.contiguous(), _starts(operands)
+        return operators.flash(q, k, v, *starts, spec.q_len, spec.kv_len, is_causal, spec.scale, window, slopes, operands.seqused_k,
+                               operands.block_table)
     q, k, v = (_by_features(x.transpose(1, 2)) for x in (q, k, v))                          # [B, S, H, D]
     out, lse = operators.flash(q, k, v, None, None, q.shape[1], k.shape[1], is_causal, spec.scale, window, slopes, None, None)
     return out.transpose(1, 2), lse

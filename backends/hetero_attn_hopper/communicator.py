@@ -1,8 +1,8 @@
 """Collectives by kernels that reach into every rank's memory: what becomes a launch, and what goes to the communicator below.
 
-A tensor from empty() is taken where it lies; another is copied into the symmetric room for the length of the call. What has no kernel (dtype,
-size, sizes unknown) goes to the base, decided by what all ranks know alike (plan.py); `objections` keeps why. Nothing waits for the device: a
-kernel whose wait ran into the time-out says so in a word of host memory, which every call and every wait() looks at.
+A tensor from empty() is taken where it lies; another is copied into the symmetric room for the length of the call. What has no kernel
+(dtype, size, sizes unknown) goes to the base, decided by what all ranks know alike (plan.py); `objections` keeps why. Nothing waits for the
+device: a kernel whose wait ran into the time-out says so in a word of host memory, which every call and every wait() looks at.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class HopperCommunicator(HopperGroup):
             source = _vectors_of(x)
             fields = {"source": source.data_ptr(), "out": source.data_ptr(), "elements": elements, "staging": self.layout.staging_at,
                       "staging_units": self.layout.stage // (UNIT * x.itemsize)}
-            self._launch("one_shot", x.dtype, plan.one_shot_launch(units, min(self.ctas.alone, plan.ONE_SHOT_CTAS)), text, [elements], fields)
+            launch = plan.one_shot_launch(units, min(self.ctas.alone, plan.ONE_SHOT_CTAS))
+            self._launch("one_shot", x.dtype, launch, text, [elements], fields)
             return _written_back(x, source)
         padded = units * UNIT * x.itemsize
         offset, room = self._place(x, padded), None

@@ -1,6 +1,7 @@
 """CUDA as the communicator's device: launches through the driver on torch's current stream, memory by symmetric.py.
 
-Kernels come prebuilt, from the cache, or from NVRTC (hetero_attn/cubin.py), for the architecture that is here. Never run on a device so far.
+Kernels come prebuilt, from the cache, or from NVRTC (hetero_attn/cubin.py), for the architecture that is here. Never run on a device so
+far.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class CudaDevice:
                 return [f"rank {other} is on {each['host_name']} and this one on {own['host_name']}: their GPUs reach one another's memory "
                         "on one host only"]
             if each["name"] != own["name"] and not torch.cuda.can_device_access_peer(own["index"], each["index"]):
-                reasons.append(f"GPU {own['index']} does not reach the memory of rank {other}'s GPU {each['index']} (no NVLink, no PCIe peer "
-                               "access; see nvidia-smi topo -p2p r)")
+                reasons.append(f"GPU {own['index']} does not reach the memory of rank {other}'s GPU {each['index']} (no NVLink, no PCIe "
+                               "peer access; see nvidia-smi topo -p2p r)")
         return reasons
 
     def symmetric(self, base: Communicator, layout: Layout, facts: list[dict[str, Any]]) -> SymmetricMemory:
@@ -84,6 +85,7 @@ class CudaDevice:
 
     def prepare(self, kernels: list[KernelSource], device: torch.device) -> None:
         with torch.cuda.device(device):
+            driver.make_current(device.index or 0)
             for kernel in kernels:
                 self._function(kernel, device)
 
@@ -92,6 +94,7 @@ class CudaDevice:
     ) -> None:
         """Raises BuildError where there is neither a cubin nor NVRTC, and DriverError."""
         with torch.cuda.device(device):
+            driver.make_current(device.index or 0)
             self._function(kernel, device).launch(grid, block, shared_bytes, torch.cuda.current_stream(device).cuda_stream, call)
 
     def _function(self, kernel: KernelSource, device: torch.device) -> driver.Function:

@@ -1,4 +1,5 @@
-"""What the communicator asks of a device: memory that all ranks reach, launches, streams. CUDA's is cuda.py; tests put csrc/simt's executor here.
+"""What the communicator asks of a device: memory that all ranks reach, launches, streams. CUDA's is cuda.py; tests put csrc/simt's executor
+here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CUDA driver through ctypes: load a cubin, find its kernel, launch it on a stream that torch owns.
 
-Nothing else is needed where torch has a GPU: no CuPy, whose builds are tied to one CUDA version each, and no compiler. Errors are the driver's
-own words. (docs.nvidia.com, CUDA Driver API: cuModuleLoadData, cuModuleGetFunction, cuFuncSetAttribute, cuLaunchKernel.)
+Nothing else is needed where torch has a GPU: no CuPy, whose builds are tied to one CUDA version each, and no compiler. Errors are the
+driver's own words. (docs.nvidia.com, CUDA Driver API: cuModuleLoadData, cuModuleGetFunction, cuFuncSetAttribute, cuLaunchKernel.)
 """
 
 from __future__ import annotations
@@ -37,6 +37,16 @@ def check(status: int, call: str) -> None:
         text = ctypes.c_char_p()
         library().cuGetErrorString(status, ctypes.byref(text))
         raise DriverError(f"{call}: {(text.value or b'unknown error').decode()} (code {status})")
+
+
+def make_current(index: int) -> None:
+    """A context for this thread, where it has none: a thread that torch has not used yet. Raises DriverError."""
+    context, device = ctypes.c_void_p(), ctypes.c_int()
+    check(library().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if not context.value:
+        check(library().cuDeviceGet(ctypes.byref(device), ctypes.c_int(index)), "cuDeviceGet")
+        check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+        check(library().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
 @dataclass(frozen=True)

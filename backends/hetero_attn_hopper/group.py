@@ -1,7 +1,7 @@
 """The group of ranks behind the communicator: its memory, its launches, and what becomes of a wait that did not end.
 
-Operations are in communicator.py. Here is what all of them need: where a tensor lies in symmetric memory, a launch with the fields that every
-call has, and the look at the status word.
+Operations are in communicator.py. Here is what all of them need: where a tensor lies in symmetric memory, a launch with the fields that
+every call has, and the look at the status word.
 """
 
 from __future__ import annotations

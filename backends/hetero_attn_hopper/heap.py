@@ -1,8 +1,8 @@
 """Communicator.empty() in symmetric memory: places given back when no tensor's storage refers to them any more.
 
 Ranks' heaps need not agree: what a call needs to know of the others' places it is told in the kernel. A place that a collective has used on
-another stream is handed out again behind that collective (`after`), and what was handed out under a CUDA graph's capture only under captures,
-because a replay uses it again.
+another stream is handed out again behind that collective (`after`), and what was handed out under a CUDA graph's capture only under
+captures, because a replay uses it again.
 """
 
 from __future__ import annotations

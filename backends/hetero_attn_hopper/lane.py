@@ -1,8 +1,8 @@
 """In which order a communicator's kernels run on a device: one after the other, on whatever streams they were called.
 
-Two of its kernels at once would meet at the same slots, so each waits for the one before it, by an event and without the host. Started calls
-run on a side stream that begins behind the calling stream's work so far; a call that is not started runs on the calling stream. Under a
-CUDA graph's capture only what belongs to the capture may be waited for: what was enqueued before lies before the graph anyway.
+Two of its kernels at once would meet at the same slots, so each waits for the one before it, by an event and without the host. Started
+calls run on a side stream that begins behind the calling stream's work so far; a call that is not started runs on the calling stream. Under
+a CUDA graph's capture only what belongs to the capture may be waited for: what was enqueued before lies before the graph anyway.
 
 `streams` is torch.cuda, or what takes its place; None where a launch is done when it returns (the kernels executed on the CPU).
 """
@@ -59,7 +59,7 @@ class Lane:
         side.wait_stream(self.streams.current_stream(self._device))
         self.wait(self._last, side)
         for tensor in tensors:
-            tensor.record_stream(side)
+            _keep(tensor, side)
         with self.streams.stream(side):
             result = call()
         mark = self._mark(side)
@@ -88,6 +88,11 @@ class LaneHandle(Handle):
         stream = self._streams.current_stream(self._device)
         stream.wait_event(self._event)
         for tensor in self._result if isinstance(self._result, tuple) else (self._result,):
-            if isinstance(tensor, torch.Tensor):
-                tensor.record_stream(stream)         # made for the side stream, from now on used on this one
+            _keep(tensor, stream)                    # made for the side stream, from now on used on this one
         return self._result
+
+
+def _keep(tensor: Any, stream: Any) -> None:
+    """Let torch's allocator not hand the tensor's memory on before the stream is done with it."""
+    if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+        tensor.record_stream(stream)

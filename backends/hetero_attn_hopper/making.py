@@ -1,7 +1,7 @@
 """Whether the ranks of a group can reach one another's memory, by which door, and the communicator for those that can.
 
-Every rank says the same few things over the base, so all come to the same verdict and none waits for one that has given up. Rank 0's profile
-counts for sizes and CTAs.
+Every rank says the same few things over the base, so all come to the same verdict and none waits for one that has given up. Rank 0's
+profile counts for sizes and CTAs.
 """
 
 from __future__ import annotations

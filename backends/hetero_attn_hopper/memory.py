@@ -1,4 +1,5 @@
-"""What a rank holds of the group's symmetric memory: its own bytes, the others' addresses, and the word by which a kernel tells its trouble.
+"""What a rank holds of the group's symmetric memory: its own bytes, the others' addresses, and the word by which a kernel tells its
+trouble.
 
 Who makes it depends on the device: torch's symmetric memory or CUDA IPC (symmetric.py), or plain host memory under test.
 """

@@ -1,4 +1,5 @@
-"""torch's own attention kernels on CUDA as this backend calls them: cuDNN's and FlashAttention's. Tests put others with the same meaning here.
+"""torch's own attention kernels on CUDA as this backend calls them: cuDNN's and FlashAttention's. Tests put others with the same meaning
+here.
 
 What is known of FlashAttention's (aten::_flash_attention_forward, wrapped by torch.nn.attention.varlen): causal and window are aligned
 bottom-right, alibi is -slope * |i + Skv - Sq - j|, a row that sees no key gives zeros and an lse of +inf, and what a row does not see is
@@ -46,8 +47,8 @@ class TorchOperators:
         return [] if torch.equal(out, ones) and torch.equal(dense, ones.transpose(1, 2)) else ["a tiny call gave wrong numbers"]
 
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float) -> torch.Tensor:
-        """q [B, Hq, S, D], k, v [B, Hkv, ·, D] -> [B, Hq, S, D], by cuDNN's kernel where it takes the call, else FlashAttention's. is_causal is
-        torch's (top-left)."""
+        """q [B, Hq, S, D], k, v [B, Hkv, ·, D] -> [B, Hq, S, D], by cuDNN's kernel where it takes the call, else FlashAttention's.
+        is_causal is torch's (top-left)."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True), warnings.catch_warnings():
@@ -55,8 +56,8 @@ class TorchOperators:
             return F.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
     def flash(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None, max_q: int, max_k: int,
-        is_causal: bool, scale: float, window: tuple[int, int], slopes: torch.Tensor | None, lengths: torch.Tensor | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None, max_q: int,
+        max_k: int, is_causal: bool, scale: float, window: tuple[int, int], slopes: torch.Tensor | None, lengths: torch.Tensor | None,
         table: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B, S, Hq, D], or packed [T, Hq, D] with cu_q; k, v likewise, or pages with lengths and table -> (out like q, lse [B, Hq, S] or

@@ -1,7 +1,7 @@
 """Which way a call goes and how it is launched: pure arithmetic on what every rank knows alike.
 
-Ranks must come to the same verdict or they wait for one another, so nothing here looks at what a rank has for itself: where its tensor lies,
-how full its heap is. That is settled in the kernel, where the ranks tell each other their offsets.
+Ranks must come to the same verdict or they wait for one another, so nothing here looks at what a rank has for itself: where its tensor
+lies, how full its heap is. That is settled in the kernel, where the ranks tell each other their offsets.
 """
 
 from __future__ import annotations

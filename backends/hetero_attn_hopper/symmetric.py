@@ -43,7 +43,8 @@ def make(base: Communicator, layout: Layout, *, overlapping: bool) -> SymmetricM
 
 
 def by_torch(base: Communicator, layout: Layout, overlapping: bool) -> SymmetricMemory:
-    """torch.distributed._symmetric_memory over a group of its own, which carries a few addresses and handles at the start, nothing later."""
+    """torch.distributed._symmetric_memory over a group of its own, which carries a few addresses and handles at the start, nothing
+    later."""
 
     def allocate() -> tuple[Any, torch.Tensor]:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -79,8 +80,8 @@ def by_ipc(base: Communicator, layout: Layout, overlapping: bool) -> SymmetricMe
                 opened.append(own.untyped_storage())
             else:
                 opened.append(torch.UntypedStorage._new_shared_cuda(
-                    base.device.index or 0, bytes.fromhex(handle), size, offset, bytes.fromhex(counter), counter_offset, bytes.fromhex(event),
-                    waits))
+                    base.device.index or 0, bytes.fromhex(handle), size, offset, bytes.fromhex(counter), counter_offset,
+                    bytes.fromhex(event), waits))
         return opened
 
     name = "CUDA IPC"

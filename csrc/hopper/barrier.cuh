@@ -6,12 +6,14 @@
 // counted in device memory: a CUDA graph that is replayed counts on.
 //
 // word:   16 bits epoch | 16 bits signature of the call | 32 bits offset of the rank's tensor / 16
-// status: 8 bits reason (1 = did not come, 2 = made another call) | 8 bits rank | 8 bits channel | 8 bits meeting of the call | 32 bits number
+// status: 8 bits reason | 8 bits rank | 8 bits channel | 8 bits meeting of the call | 32 bits number of the call
 //
-// Every wait ends: at the time-out it writes the status, the block gives up, and the kernels behind it do not begin. TokenWeave
-// (arXiv 2505.11329) lets the first put be relaxed; then nothing orders the summand that a kernel before has written.
+// Every wait ends: at the time-out the first CTA to find out writes the status, the others give up, and the kernels behind do not begin.
+// TokenWeave (arXiv 2505.11329) lets the first put be relaxed; then nothing orders the summand that a kernel before has written.
 #pragma once
 #include "system.cuh"
+
+enum Reason : int { LATE = 1, OUT_OF_STEP = 2, GAVE_UP = 3 };     // did not come; made another call
 
 struct Meeting {                       // a block's, in shared memory
   unsigned long long tensor[MAX_RANKS];    // each rank's tensor, by what it told: an address
@@ -25,13 +27,14 @@ static __device__ __forceinline__ unsigned* own_word(const Call& call, int at) {
   return reinterpret_cast<unsigned*>(call.buffer[call.rank] + at);
 }
 
-// Wait for one rank's word. 0, or the reason why there is none.
+// Wait for one rank's word. 0, or the reason why there is none; GAVE_UP: another CTA of this rank has found one, and has told it.
 static __device__ __forceinline__ int await(const Call& call, unsigned long long slot, unsigned epoch, unsigned long long& word) {
   const unsigned long long began = nanoseconds();
   for (;;) {
     word = get_acquire(slot);
-    if ((unsigned)(word >> 48) == (epoch & 0xffff)) return (unsigned)(word >> 32 & 0xffff) == (call.signature & 0xffff) ? 0 : 2;
-    if (nanoseconds() - began > (unsigned long long)call.timeout_ns) return 1;
+    if ((unsigned)(word >> 48) == (epoch & 0xffff)) return (unsigned)(word >> 32 & 0xffff) == (call.signature & 0xffff) ? 0 : OUT_OF_STEP;
+    if (*(volatile unsigned*)own_word(call, BROKEN_AT)) return GAVE_UP;
+    if (nanoseconds() - began > (unsigned long long)call.timeout_ns) return LATE;
   }
 }
 
@@ -48,8 +51,7 @@ static __device__ bool meet(const Call& call, int channel, unsigned epoch, int w
     wrong = await(call, slot_of(call, call.rank, epoch, channel, other), epoch, word);
     told.offset[other] = 16 * (long long)(unsigned)word;
     told.tensor[other] = call.buffer[other] + told.offset[other];
-    if (wrong) {
-      *own_word(call, BROKEN_AT) = 1;
+    if (wrong && wrong != GAVE_UP && atomicCAS(own_word(call, BROKEN_AT), 0u, 1u) == 0u) {     // the first to find out tells
       put_relaxed(call.status, (unsigned long long)wrong << 56 | (unsigned long long)other << 48 | (unsigned long long)channel << 40 |
                                (unsigned long long)which << 32 | call.number);
     }

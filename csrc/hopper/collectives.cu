@@ -1,11 +1,11 @@
-// All-reduce, reduce-scatter and all-gather in symmetric memory, by the same doors as the fused kernel, and a one-shot form for short messages.
+// All-reduce, reduce-scatter and all-gather in symmetric memory, by the same doors as the fused kernel, and a one-shot form for short ones.
 //
 // hopper_all_reduce       in place: each rank sums its own units and writes them to all (two-shot)
 // hopper_reduce_scatter   x is only read; the sum of the own units goes to memory of this rank
 // hopper_all_gather       `count` vectors of 16 bytes of this rank's own memory go to vector `first` of every rank's result
-// hopper_one_shot         each rank puts its x into a staging buffer, meets the others once, and sums all of everyone's. No second meeting: the
-//                         two staging buffers take turns, and a rank that is one call ahead writes into the other one. Its CTAs have channels
-//                         of their own and are always as many, so that all of them are at the same turn.
+// hopper_one_shot         each rank puts its x into a staging buffer, meets the others once, and sums all of everyone's. No second meeting:
+//                         the two staging buffers take turns, and a rank that is one call ahead writes into the other one. Its CTAs have
+//                         channels of their own and are always as many, so that all of them are at the same turn.
 // Grid and block: backends/hetero_attn_hopper/plan.py.
 #include "door.cuh"
 

@@ -120,7 +120,8 @@ static __device__ __forceinline__ void store_part(unsigned long long array, int 
   for (int i = 0; i < UNIT; i++) {
     const long long at = unit * UNIT + i;
     if (i >= left) continue;
+    const unsigned bits = kind == BF16 ? float_to_bf16(eight.at[i]) : float_to_half(eight.at[i]);
     if (kind == F32) reinterpret_cast<float*>(array)[at] = eight.at[i];
-    else reinterpret_cast<unsigned short*>(array)[at] = (unsigned short)(kind == BF16 ? float_to_bf16(eight.at[i]) : float_to_half(eight.at[i]));
+    else reinterpret_cast<unsigned short*>(array)[at] = (unsigned short)bits;
   }
 }

@@ -33,8 +33,10 @@ def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     overlap = profile.overlap
     own = {"schedule": profile.schedule, "codec": profile.codec, "places": asdict(places_of(decoder, profile)), "tiles": overlap.tiles,
            "parts": overlap.parts and min(overlap.parts, MOST_PARTS), "measured": overlap.measured, "pair_ns": overlap.pair_ns,
-           "efficiency": overlap.efficiency}
+           "efficiency": overlap.efficiency, "ctas": [overlap.attention_ctas, overlap.mlp_ctas]}
     asked = share_json(communicator, own)
+    if communicator.cta_choices:                                                     # the same on every rank
+        communicator.use_ctas(*asked["ctas"])
     costs = from_settings(asked["measured"], asked["pair_ns"], asked["efficiency"])
     routes = codec_routes(communicator, asked["codec"])
     if costs is None and asked["schedule"] == "auto" and worth_measuring(communicator):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from hetero_attn.models.schedule_ctas import Ctas, sweep_ctas
 from hetero_attn.models.schedule_measure import measure_whole_sum, time_cuts
 from hetero_attn.models.schedule_setup import places_of
 from hetero_attn.parallel.schedule_choice import TILES, WORTH
@@ -43,13 +44,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was found out. layers: how many the steps ran; whole_sums: rows -> seconds of an all-reduce with whole residual and norm."""
+    """What was found out. layers: how many the steps ran; whole_sums: rows -> seconds of an all-reduce with whole residual and norm; ctas:
+    where sums run on the device's own units."""
 
     costs: Costs
     rows: tuple[Row, ...]
     layers: int
     experts: bool
     whole_sums: dict[int, float]
+    ctas: Ctas | None = None
 
     @property
     def min_tokens(self) -> int | None:
@@ -87,6 +90,8 @@ class Sweep:
             values["parts"] = self.parts
         if threshold:
             values["min_tokens_moe" if self.experts else "min_tokens"] = threshold
+        if self.ctas:
+            values |= self.ctas.settings()
         return {f"overlap.{name}": value for name, value in values.items()}
 
     def as_json(self) -> dict[str, Any]:
@@ -94,7 +99,7 @@ class Sweep:
                 for row in self.rows]
         return {"layers": self.layers, "rows": rows, "min_tokens": self.min_tokens, "parts": self.parts, "shard_tokens": self.shard_tokens,
                 "whole_sum_s": self.whole_sums, "costs": self.costs.settings(), "pair_ns": self.costs.pair_s * 1e9,
-                "efficiency": self.costs.efficiency}
+                "efficiency": self.costs.efficiency, "ctas": self.ctas and self.ctas.as_json()}
 
     def as_text(self) -> str:
         lines = [f"steps of {self.layers} layers, ms on the clock (expected)"]
@@ -105,6 +110,8 @@ class Sweep:
         lines.append(f"of what the costs promised {self.costs.efficiency:.0%} was there on the clock")
         lines += [f"a cut pays {pays}" + (f", best in {self.parts} parts" if self.parts else ""),
                   f"the residual is sharded from {self.shard_tokens} tokens on"]
+        if self.ctas:
+            lines.append(self.ctas.as_text())
         return "\n".join(lines)
 
 
@@ -126,7 +133,8 @@ def sweep(decoder, profile: DeviceProfile, costs: Costs, budget_s: float, progre
         progress(f"steps of {tokens} tokens")
         measured = {name: median(own) for name, own in time_cuts(decoder, cuts, ROUNDS, layers=layers).items()}
         rows.append(Row(tokens, {name: str(cut) for name, cut in cuts.items()}, measured, expected))
-    return Sweep(costs, tuple(rows), layers, bool(decoder.config.experts), whole_sums)
+    ctas = sweep_ctas(decoder, places, rows[-1].tokens, layers, progress) if rows else None
+    return Sweep(costs, tuple(rows), layers, bool(decoder.config.experts), whole_sums, ctas)
 
 
 def contenders(places, costs: Costs, tokens: int, tiles: Sequence[int] = TILES) -> dict[str, Cut]:

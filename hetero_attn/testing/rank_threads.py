@@ -89,8 +89,8 @@ class ThreadCommunicator(Communicator):
 
 def on_threads(fn: Callable[..., Any], world_size: int, *, wrap: Callable[[Communicator], Communicator] = lambda base: base,
                args: Sequence[Any] = (), timeout_s: float = 30.0) -> list[Outcome]:
-    """fn(communicator, *args) in `world_size` threads -> their outcomes in rank order. wrap: the communicator that is made of each rank's base;
-    all ranks call it together."""
+    """fn(communicator, *args) in `world_size` threads -> their outcomes in rank order. wrap: the communicator that is made of each rank's
+    base; all ranks call it together."""
     hub, outcomes = Hub(world_size, timeout_s), [Outcome()] * world_size
 
     def run(rank: int) -> None:

@@ -183,9 +183,9 @@ class Program:
         ctypes values or bytes for everything else (a struct by value, a 64-bit number).
 
         order: how threads take turns (ORDERS). resident: all blocks at once, as blocks that wait for one another need it. regions: name ->
-        (begin, end) bytes of the dynamic shared memory to count apart. time_limit_s: for threads that spin. agent: memory at system scope is
-        weak, and this is the launch of that rank (csrc/simt/weak_memory.h). stall_s: how long each block sleeps at its end, before its last
-        stores are seen, and behind its barrier number stall_barrier (1, 2, …). Raises SimtError, BuildError.
+        (begin, end) bytes of the dynamic shared memory to count apart. time_limit_s: for threads that spin. agent: memory at system scope
+        is weak, and this is the launch of that rank (csrc/simt/weak_memory.h). stall_s: how long each block sleeps at its end, before its
+        last stores are seen, and behind its barrier number stall_barrier (1, 2, …). Raises SimtError, BuildError.
         """
         if name not in self.kernel_names:
             raise ValueError(f"kernel is {name!r}, {self.path.name} has {', '.join(self.kernel_names)}")
@@ -251,7 +251,8 @@ class SimtLauncher:
 
 
 def host_write(agent: int, to: torch.Tensor, values: torch.Tensor) -> None:
-    """Write values into `to` (contiguous, of one size) as an earlier kernel of that agent would: others see it once it is released to them."""
+    """Write values into `to` (contiguous, of one size) as an earlier kernel of that agent would: others see it once it is released to
+    them."""
     if to.nbytes != values.nbytes or not (to.is_contiguous() and values.is_contiguous()):
         raise ValueError(f"host_write: {list(values.shape)} into {list(to.shape)}, expected contiguous tensors of one size")
     _runtime(False).simt_host_write(agent, ctypes.c_void_p(to.data_ptr()), ctypes.c_void_p(values.data_ptr()), ctypes.c_uint64(to.nbytes))
