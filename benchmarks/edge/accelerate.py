@@ -73,7 +73,8 @@ def theirs(folder: Path, limit: float | None, tokens: int) -> dict:
             shutil.rmtree(offload, ignore_errors=True)
             throttle.sweep()
         if ran.returncode == 0:
-            return json.loads(ran.stdout.splitlines()[-1]) | {"max_memory": memory}
+            size = (folder / "model.safetensors").stat().st_size
+            return json.loads(ran.stdout.splitlines()[-1]) | {"max_memory": memory, "read_bytes": size}
         failure = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
     raise SystemExit(f"Accelerate worked with no max_memory up to {MEMORIES[-1]}: {failure}")
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge import accelerate, over_links, ranks, shapes, throttle
+from edge import accelerate, over_links, ranks, shapes, throttle, windows
 from edge.record import Record
 from hetero_attn.models.export import export
 from hetero_attn.models.shard_folder import folder_name
@@ -98,15 +98,15 @@ def bits(run: Run) -> None:
 
 
 def ablation(run: Run) -> None:
-    """Windows of 1, 2, 3, 4, 8 blocks (quick: 1, 2, 4), nothing resident, the 1B shape on 2 ranks."""
-    windows = [blocks for blocks in (WINDOWS if not run.quick else (1, 2, 4)) if run.record.missing("ablation", str(blocks))]
-    if not windows:
+    """Windows of 1, 2, 3, 4, 8 blocks (quick: 1, 2, 4), nothing resident, the 1B shape on 2 ranks: a token, and a prompt of 64."""
+    sizes, rounds = ([1, 2, 4], 2) if run.quick else (list(WINDOWS), 3)
+    if not (run.record.missing("ablation", "held") or run.record.missing("ablation", "windows")):
         return
     with run.parts_of(run.checkpoint(SMALL), 2) as parts:
-        for blocks in windows:
-            run.say(f"window of {blocks}")
-            run.record.step("ablation", str(blocks), lambda blocks=blocks: run_ranks(
-                ranks.generate, (str(parts), {"window": blocks}, 4, 1 if run.quick else 3), 2, threads=1))
+        run.say("weights held, for what products alone take")
+        run.record.step("ablation", "held", lambda: run_ranks(windows.held, (str(parts), rounds), 2, threads=1)[0])
+        run.say(f"windows of {', '.join(map(str, sizes))} blocks by turns")
+        run.record.step("ablation", "windows", lambda: run_ranks(windows.by_turns, (str(parts), sizes, rounds), 2, threads=1))
 
 
 def seventy(run: Run) -> None:

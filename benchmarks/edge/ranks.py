@@ -57,11 +57,11 @@ def generate(folder: str, options: dict, tokens: int, rounds: int = 1, mbytes_s:
         return found | figures(model, passes)
 
 
-def greedy(model, tokens: int) -> tuple[list[float], list[int], list[list[float]]]:
+def greedy(model, tokens: int, prompt: list[int] = PROMPT) -> tuple[list[float], list[int], list[list[float]]]:
     """Rank 0's part: seconds of each token, the tokens, and the first eight logits of each."""
-    times, chosen, rows, feed = [], [], [], PROMPT
+    times, chosen, rows, feed = [], [], [], prompt
     with Driver(model) as driver:
-        driver.new_cache(64, 1)
+        driver.new_cache(len(prompt) + 58, 1)
         sequence = driver.add_sequence()
         for _ in range(tokens):
             began = time.perf_counter()
