@@ -1,14 +1,16 @@
 """Ranks behind emulated home-network links, weights held: a token's time with each way of summing, beside what the planner says.
 
 One run for each number of ranks: the model is loaded once, the link measured as `hetero-attn tune` does it, and the ways take turns, so
-that all of them meet the same machine. The planner speaks twice: from the numbers a person would type (--link 1ms,300Mbit), and from what
-tune has measured. It predicts the sums; products are those of one rank alone, the layers done by two cores and the head by one.
+that all of them meet the same machine; one of the ways leaves the layers' sums out, which tells what the products take while all ranks
+share two cores. The planner says what the sums add to that, twice: from the numbers a person would type (--link 1ms,300Mbit), and from
+what tune has measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from hetero_attn.profile import load_profile
 RATE_MBIT, DELAY_MS = 300, 1
 TYPED = (1.0, 0.2, 0.0, 300.0, 300.0)                # what `plan --link 1ms,300Mbit` makes of it
 WAYS = {"star": ("algorithm=star",), "one_shot": ("algorithm=one_shot",), "auto": (), "auto, low-bit": ("codec=auto",)}
+PRODUCTS = "products alone"
 MEASURE = tuning.THOROUGH._replace(budget_s=8.0)
 
 
@@ -41,18 +44,29 @@ def in_rank(folder: str, tokens: int, rounds: int) -> dict:
             "auto, low-bit": found.table(codec="auto")}
     sent = tuning.share_json(base, {name: way.to_json() for name, way in ways.items()} if base.rank == 0 else None)
     ways: dict[str, Choice] = {name: from_json(text) for name, text in sent.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in (PRODUCTS, *ways)}
     for _ in range(rounds):
-        for name, way in ways.items():
-            base.choice = way
-            if base.rank:
-                serve(model)
-            else:
-                times[name] += greedy(model, tokens)[0][1:]
+        for name in times:
+            base.choice = ways.get(name, ways["auto"])
+            with sums_left_out(model.communicator) if name == PRODUCTS else nullcontext():
+                if base.rank:
+                    serve(model)
+                else:
+                    times[name] += greedy(model, tokens)[0][1:]
             base.barrier(site="links")
     nbytes = model.config.hidden_size * model.dtype.itemsize
     routes = {name: list(way.pick("all_reduce", nbytes, model.dtype)) for name, way in ways.items()}
     return {"times": times, "routes": routes, "settings": found.settings() if base.rank == 0 else {}}
+
+
+@contextmanager
+def sums_left_out(communicator):
+    """The layers' sums are this rank's summands alone in the block: the text is none, the products are the same."""
+    communicator.all_reduce = lambda x, *, site="": x
+    try:
+        yield
+    finally:
+        del communicator.all_reduce
 
 
 def measured(network, folder: Path, tokens: int, rounds: int) -> dict:

@@ -181,10 +181,6 @@ def behind_links(run: Run) -> None:
     if not counts:
         return
     folder = run.checkpoint(SMALL)
-    if run.record.missing("links", "alone"):
-        run.say("1B shape, one rank alone")
-        run.record.step("links", "alone", lambda: run_ranks(ranks.generate, (str(folder), {}, 8), 1, threads=1)[0] | {
-            "head_share": shapes.head_share(SMALL)})
     for count in counts:
         with links(count, over_links.RATE_MBIT, over_links.DELAY_MS) as network:
             run.say(f"{count} ranks behind links")

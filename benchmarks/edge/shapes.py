@@ -60,12 +60,6 @@ def nbytes(name: str, layers: int | None = None) -> int:
     return sum(2 * math.prod(shape) for _, shape in tensors(config(name), layers))
 
 
-def head_share(name: str) -> float:
-    """Of the bytes that a token goes through, the head's."""
-    sizes = {tensor: math.prod(shape) for tensor, shape in tensors(config(name)) if "embed" not in tensor}
-    return sizes["lm_head.weight"] / sum(sizes.values())
-
-
 def write(folder: Path, name: str, *, layers: int | None = None, progress: Callable[[int, int], None] | None = None) -> Path:
     """A checkpoint of that shape in `folder`, with a tokenizer. layers: only so many are written (and config.json says so).
 
