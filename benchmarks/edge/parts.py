@@ -1,104 +1,126 @@
-"""The parts of make bench-edge, each a function (scratch, quick, say) -> JSON. A part can run by itself: they take minutes each."""
+"""The parts of make bench-edge, each a function of a Run, which writes its steps into the record. A part can run by itself: they take
+minutes each, and a part's own slices are deleted when it is over."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from edge import ranks, shapes
+from edge import accelerate, over_links, ranks, shapes, throttle, windows
+from edge.record import Record
 from hetero_attn.models.export import export
 from hetero_attn.models.shard_folder import folder_name
 from hetero_attn.parallel.launch import run_ranks
 
-THROTTLE_MB_S = 200.0           # for each process; four of them stay below what the disk gives
 WINDOWS = (1, 2, 3, 4, 8)       # blocks, of the ablation
+LARGE, SMALL = "llama2-7b", "llama-1b"
 
 
-def checkpoint(scratch: Path, name: str, say, layers: int | None = None) -> Path:
-    """The checkpoint of a shape, written once."""
-    folder = scratch / (name if layers is None else f"{name}-{layers}")
-    if not (folder / "model.safetensors").exists():
-        need = shapes.nbytes(name) if layers is None else 0
-        if need > shutil.disk_usage(scratch).free:
-            raise SystemExit(f"{scratch} has {shutil.disk_usage(scratch).free / 1e9:.0f} GB free, {name} needs {need / 1e9:.0f} GB: give "
-                             "--scratch another disk, or --quick")
-        say(f"writing {folder}")
-        shapes.write(folder, name, layers=layers)
-    return folder
+@dataclass(frozen=True)
+class Run:
+    """What was asked for. scratch: where checkpoints go; quick: the small shape and fewer steps; keep: slices stay there afterwards;
+    throttle_mb_s: reads of a process with a disk of its own."""
+
+    scratch: Path
+    quick: bool
+    keep: bool
+    throttle_mb_s: float
+    say: Callable[[str], None]
+    record: Record
+
+    @property
+    def shape(self) -> str:
+        return SMALL if self.quick else LARGE
+
+    def checkpoint(self, name: str, layers: int | None = None) -> Path:
+        """The checkpoint of a shape, written once. layers: only so many of them."""
+        folder = self.scratch / (name if layers is None else f"{name}-{layers}")
+        if not (folder / "model.safetensors").exists():
+            self._room(shapes.nbytes(name, layers), name)
+            self.say(f"writing {folder}")
+            shapes.write(folder, name, layers=layers)
+        return folder
+
+    @contextmanager
+    def parts_of(self, folder: Path, world_size: int, only: list[int] | None = None) -> Iterator[Path]:
+        """The checkpoint cut for so many ranks (or those of `only`), as long as the block lasts."""
+        out = folder.with_name(f"{folder.name}-tp{world_size}")
+        if not out.exists():
+            if (folder / "model.safetensors").exists() and only is None:
+                self._room((folder / "model.safetensors").stat().st_size, f"{folder.name} cut for {world_size}")
+            self.say(f"cutting {folder.name} for {world_size} ranks")
+        export(folder, out, world_size, ranks=only)
+        try:
+            yield out
+        finally:
+            if not self.keep:
+                shutil.rmtree(out, ignore_errors=True)
+
+    def _room(self, need: int, what: str) -> None:
+        free = shutil.disk_usage(self.scratch).free
+        if need > free:
+            raise SystemExit(f"{self.scratch} has {free / 1e9:.0f} GB free, {what} needs {need / 1e9:.0f} GB: give --scratch another disk, "
+                             "or --quick")
 
 
-def parts_of(folder: Path, world_size: int, say, only: list[int] | None = None) -> Path:
-    out = folder.with_name(f"{folder.name}-tp{world_size}")
-    say(f"cutting {folder.name} for {world_size} ranks")
-    export(folder, out, world_size, ranks=only)
-    return out
+def main(run: Run) -> None:
+    """tp 2 within 1 GiB a rank (quick: 512 MiB): peak, token time, and the disk alone."""
+    if not run.record.missing("main", "run"):
+        return
+    budget = "512MiB" if run.quick else "1GiB"
+    with run.parts_of(run.checkpoint(run.shape), 2) as parts:
+        run.say(f"{run.shape}, 2 ranks, {budget} each")
+        tokens, rounds = (5, 4) if run.quick else (4, 2)
+        run.record.step("main", "run", lambda: {
+            "model": run.shape, "ranks": run_ranks(ranks.generate, (str(parts), {"memory_budget": budget}, tokens, rounds), 2, threads=1)})
 
 
-def main(scratch: Path, quick: bool, say) -> dict:
-    """tp 2 within 1 GiB a rank (quick: 512 MiB and the 1B shape): peak, token time, and the disk alone."""
-    name, budget = ("llama-1b", "512MiB") if quick else ("llama2-7b", "1GiB")
-    parts = parts_of(checkpoint(scratch, name, say), 2, say)
-    say(f"{name}, 2 ranks, {budget} each")
-    return {"model": name, "ranks": run_ranks(ranks.generate, (str(parts), {"memory_budget": budget}, 5), 2, threads=1)}
-
-
-def bits(scratch: Path, quick: bool, say) -> dict:
+def bits(run: Run) -> None:
     """The 1B shape, streamed within 450 MiB and held: the same logits."""
-    parts = parts_of(checkpoint(scratch, "llama-1b", say), 2, say)
-    say("1B shape: held, then streamed")
-    held = run_ranks(ranks.generate, (str(parts), {}, 6), 2, threads=1)[0]
-    streamed = run_ranks(ranks.generate, (str(parts), {"memory_budget": "450MiB"}, 6), 2, threads=1)[0]
-    return {"equal": held["logits"] == streamed["logits"] and held["tokens"] == streamed["tokens"], "tokens": len(held["tokens"]),
-            "held_token_s": held["token_s"], "streamed_token_s": streamed["token_s"]}
+    if not run.record.missing("bits", "run"):
+        return
+    with run.parts_of(run.checkpoint(SMALL), 2) as parts:
+        run.say("1B shape: held, then streamed")
+
+        def both() -> dict:
+            held, streamed = (run_ranks(ranks.generate, (str(parts), options, 6), 2, threads=1)[0]
+                              for options in ({}, {"memory_budget": "450MiB"}))
+            return {"equal": held["logits"] == streamed["logits"] and held["tokens"] == streamed["tokens"], "tokens": len(held["tokens"]),
+                    "held_token_s": held["token_s"], "streamed_token_s": streamed["token_s"]}
+
+        run.record.step("bits", "run", both)
 
 
-def ablation(scratch: Path, quick: bool, say) -> dict:
-    """Windows of 1, 2, 3, 4, 8 blocks, nothing resident, the 1B shape on 2 ranks."""
-    parts, rows = parts_of(checkpoint(scratch, "llama-1b", say), 2, say), {}
-    for blocks in WINDOWS:
-        say(f"window of {blocks}")
-        rows[blocks] = run_ranks(ranks.generate, (str(parts), {"window": blocks}, 6), 2, threads=1)
-    return {"windows": rows}
+def ablation(run: Run) -> None:
+    """Windows of 1, 2, 3, 4, 8 blocks (quick: 1, 2, 4), nothing resident, the 1B shape on 2 ranks: a token, and a prompt of 64."""
+    sizes, rounds = ([1, 2, 4], 2) if run.quick else (list(WINDOWS), 3)
+    if not (run.record.missing("ablation", "held") or run.record.missing("ablation", "windows")):
+        return
+    with run.parts_of(run.checkpoint(SMALL), 2) as parts:
+        run.say("weights held, for what products alone take")
+        run.record.step("ablation", "held", lambda: run_ranks(windows.held, (str(parts), rounds), 2, threads=1)[0])
+        run.say(f"windows of {', '.join(map(str, sizes))} blocks by turns")
+        run.record.step("ablation", "windows", lambda: run_ranks(windows.by_turns, (str(parts), sizes, rounds), 2, threads=1))
 
 
-def seventy(scratch: Path, quick: bool, say) -> dict:
-    """The 70B shape cut for 8, ranks 0 and 1 one by one: one layer's files stand for all 80, read directly each time."""
-    layers = 1
-    folder = checkpoint(scratch, "llama2-70b", say, layers=layers)
-    parts = parts_of(folder, 8, say, [0, 1])
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    found = {}
-    for rank in (0, 1):
-        own = parts / folder_name(rank, 8)
-        repeat_layer(own, shapes.config("llama2-70b"))
-        say(f"70B shape, rank {rank} of 8")
-        found[rank] = run_ranks(ranks.alone, (str(parts), rank, 8, {"memory_budget": "1GiB"}, 3), 1, threads=2)[0]
-    return {"ranks": found}
-
-
-LINK_SETS = {"star": ("algorithm=star",), "one_shot": ("algorithm=one_shot",), "auto": (), "auto, low-bit": ("codec=auto",)}
-
-
-def over_links(scratch: Path, quick: bool, say) -> dict:
-    """4 and 8 ranks over emulated 300 Mbit/s, 1 ms links (root only): token times by algorithm, weights held, beside one rank's."""
-    from links import links, unavailable
-
-    if reason := unavailable():
-        return {"skipped": reason}
-    folder, found = checkpoint(scratch, "links", say), {}
-    alone = run_ranks(ranks.generate, (str(folder), {}, 12), 1, threads=1)[0]["token_s"]
-    for count in (4,) if quick else (4, 8):
-        with links(count, 300, 1) as network:
-            for name, sets in LINK_SETS.items():
-                say(f"{count} ranks over links, {name}")
-                found[f"{count} {name}"] = network.run(ranks.over_links, (str(folder), sets, 12), timeout_s=120)[0]
-    return {"rows": found, "alone_s": alone}
+def seventy(run: Run) -> None:
+    """The 70B shape cut for 8, ranks 0 and 1 (quick: rank 0) one by one: one layer's files stand for all 80, read directly each time."""
+    numbers = [rank for rank in ((0,) if run.quick else (0, 1)) if run.record.missing("seventy", f"rank {rank}")]
+    if not numbers:
+        return
+    folder = run.checkpoint("llama2-70b", layers=1)
+    with run.parts_of(folder, 8, [0, 1]) as parts:
+        for rank in numbers:
+            repeat_layer(parts / folder_name(rank, 8), shapes.config("llama2-70b"))
+            run.say(f"70B shape, rank {rank} of 8")
+            run.record.step("seventy", f"rank {rank}", lambda rank=rank: run_ranks(
+                ranks.alone, (str(parts), rank, 8, {"memory_budget": "1GiB"}, 2 if run.quick else 3), 1, threads=2)[0])
 
 
 def repeat_layer(folder: Path, keys: dict) -> None:
@@ -123,66 +145,55 @@ def repeat_layer(folder: Path, keys: dict) -> None:
     (folder / "shard.json").write_text(json.dumps(manifest))
 
 
-def accelerate(scratch: Path, quick: bool, say) -> dict:
-    """Four ranks against Accelerate's disk offload of the 1B shape, each process with its own throttled disk."""
-    folder = checkpoint(scratch, "llama-1b", say)
-    parts = parts_of(folder, 4, say)
-    found: dict = {"throttle_mb_s": THROTTLE_MB_S}
-    for name, limit in (("throttled", THROTTLE_MB_S), ("unthrottled", None)):
-        say(f"4 ranks, {name}")
-        ours = run_ranks(ranks.generate, (str(parts), {"memory_budget": "340MiB"}, 4, limit), 4, threads=1)
-        say(f"Accelerate, {name}")
-        found[name] = {"ours": ours, "accelerate": accelerate_run(folder, scratch, limit)}
-    return found
+def beside_accelerate(run: Run) -> None:
+    """Four ranks and Accelerate's one process, each process with a disk of its own, then with the disk as it is."""
+    reason = throttle.unavailable(run.scratch)
+    if reason:
+        run.say(f"reads are not limited: {reason}")
+    limits = {"limited": run.throttle_mb_s, "as it is": None} if not reason else {"as it is": None}
+    steps = [(name, who) for name in limits for who in ("ours", "Accelerate") if run.record.missing("accelerate", f"{name}, {who}")]
+    if not steps:
+        return
+    throttle.sweep()
+    folder = run.checkpoint(run.shape)
+    for name, limit in limits.items():
+        facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else ""}
+        if (name, "ours") in steps:
+            with run.parts_of(folder, accelerate.RANKS) as parts:
+                run.say(f"{accelerate.RANKS} ranks, the disk {name}")
+                run.record.step("accelerate", f"{name}, ours", lambda limit=limit, facts=facts: facts | accelerate.ours(parts, limit, 4))
+        if (name, "Accelerate") in steps:
+            run.say(f"Accelerate, the disk {name}")
+            tokens = 2 if limit and not run.quick else 4         # at 250 MB/s a token of the 7B shape is a minute
+            run.record.step("accelerate", f"{name}, Accelerate", lambda limit=limit, facts=facts, tokens=tokens: facts | accelerate.theirs(
+                folder, limit, tokens))
 
 
-ACCELERATE = """
-import json, sys, time, torch
-sys.path[:0] = {paths!r}
-from edge import ranks
-import os
-ranks.throttled(f"hetero-attn-bench-{{os.getpid()}}", {limit!r})
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(2)
-model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.bfloat16, device_map="auto", max_memory={{"cpu": {memory!r}}},
-                                             offload_folder={offload!r})
-ids, times, past = torch.tensor([ranks.PROMPT]), [], None
-for _ in range({tokens}):
-    if os.path.exists("/proc/sys/vm/drop_caches"):
-        open("/proc/sys/vm/drop_caches", "w").write("1")        # a cache that holds the whole checkpoint would stand for the disk
-    began = time.perf_counter()
-    with torch.no_grad():
-        out = model(input_ids=ids, past_key_values=past, use_cache=True)
-    times.append(time.perf_counter() - began)
-    past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
-print(json.dumps({{"first_s": times[0], "token_s": sorted(times[1:])[len(times) // 2 - 1], "times": times, "peak": peak,
-                   "devices": sorted(set(map(str, model.hf_device_map.values())))}}))
-"""
+def behind_links(run: Run) -> None:
+    """4 and 8 ranks (quick: 4) of the 1B shape over emulated 300 Mbit/s, 1 ms links, root only."""
+    from links import links, unavailable
 
-
-def accelerate_run(folder: Path, scratch: Path, limit: float | None) -> dict:
-    """The smallest max_memory that works, in steps; its token times, and the peak of the process."""
-    paths = [path for path in sys.path if path]
-    for memory in ("150MB", "300MB", "600MB"):
-        offload = scratch / "offload"
-        code = ACCELERATE.format(paths=paths, limit=limit, folder=str(folder), memory=memory, offload=str(offload), tokens=3)
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-        shutil.rmtree(offload, ignore_errors=True)
-        if ran.returncode == 0:
-            return json.loads(ran.stdout.splitlines()[-1]) | {"max_memory": memory}
-        failure = ran.stderr.strip().splitlines()[-1:]
-    return {"failed": failure}
+    rounds = 2 if run.quick else 4
+    counts = [count for count in ((4,) if run.quick else (4, 8)) if run.record.missing("links", f"{count} ranks")]
+    if reason := unavailable():
+        run.say(f"no emulated links: {reason}")
+        return
+    if not counts:
+        return
+    folder = run.checkpoint(SMALL)
+    for count in counts:
+        with links(count, over_links.RATE_MBIT, over_links.DELAY_MS) as network:
+            run.say(f"{count} ranks behind links")
+            run.record.step("links", f"{count} ranks", lambda network=network: over_links.measured(network, folder, 5, rounds))
 
 
 def machine() -> dict:
     """Where and when."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
     import torch
 
-    return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-            "page": resource.getpagesize()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
-PARTS = {"main": main, "bits": bits, "ablation": ablation, "accelerate": accelerate, "seventy": seventy, "links": over_links}
+PARTS = {"main": main, "bits": bits, "ablation": ablation, "accelerate": beside_accelerate, "seventy": seventy, "links": behind_links}

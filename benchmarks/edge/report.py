@@ -7,6 +7,9 @@ from pathlib import Path
 from hetero_attn.quantity import shown_bytes
 
 HIDDEN = 1.15                   # a token may take so many times the slower of disk and computation
+PLANNED = 1.3                   # a planned time is within this factor of the clock
+LESS = 3                        # times lower than Accelerate's: token time, and memory
+TORCH = 219 << 20               # what a process that has imported torch 2.13 and nothing else holds here
 
 
 def limit_s(rank: dict) -> float:
@@ -14,86 +17,192 @@ def limit_s(rank: dict) -> float:
     return max(rank["disk_s"], rank["compute_s"] + rank["reduce_s"])
 
 
+def within(one: float, other: float, factor: float) -> bool:
+    return max(one, other) <= factor * min(one, other)
+
+
+def steps(results: dict, part: str) -> dict:
+    """A part's steps, without what is said of the machine."""
+    return {name: step for name, step in results.get(part, {}).items() if name != "machine"}
+
+
 def verdicts(results: dict) -> list[tuple[str, bool]]:
     """(what was asked for and what came out, whether it holds)."""
-    found = []
-    if "main" in results:
-        ranks = results["main"]["ranks"]
+    return [*_main(results), *_bits(results), *_ablation(results), *_accelerate(results), *_seventy(results), *_links(results)]
+
+
+def _main(results: dict):
+    for step in steps(results, "main").values():
+        ranks = step["ranks"]
         for number, rank in enumerate(ranks):
-            found.append((f"rank {number}: peak {shown_bytes(rank['peak'])}, {rank['peak'] / rank['budget']:.3f} of its budget "
-                          "(at most 1.05), "
-                          f"{rank['peak'] / rank['predicted']:.3f} of the prediction (at most 1.1)",
-                          rank["peak"] <= 1.05 * rank["budget"] and rank["peak"] <= 1.1 * rank["predicted"]))
-        slowest = max(map(limit_s, ranks))
-        ratio = ranks[0]["token_s"] / slowest
-        found.append((f"token {ranks[0]['token_s']:.2f} s, {ratio:.2f} of its limit {slowest:.2f} s (at most {HIDDEN})", ratio <= HIDDEN))
-    if "bits" in results:
-        found.append((f"logits of {results['bits']['tokens']} tokens equal to the held model's: {results['bits']['equal']}",
-                      results["bits"]["equal"]))
-    if "accelerate" in results and "token_s" in results["accelerate"]["throttled"]["accelerate"]:
-        pair = results["accelerate"]["throttled"]
-        ratio = pair["accelerate"]["token_s"] / pair["ours"][0]["token_s"]
-        found.append((f"throttled: token time {ratio:.1f}x lower than Accelerate's (at least 3)", ratio >= 3))
-        peak = pair["accelerate"]["peak"] / max(rank["peak"] for rank in pair["ours"])
-        found.append((f"peak memory {peak:.1f}x lower than Accelerate's (at least 3)", peak >= 3))
-    if "seventy" in results:
-        for number, rank in results["seventy"]["ranks"].items():
-            found.append((f"70B shape, rank {number} of 8: peak {shown_bytes(rank['peak'])} (at most 1 GiB), predicted "
-                          f"{shown_bytes(rank['predicted'])}", rank["peak"] <= 1 << 30))
-    return found
+            yield (f"rank {number}: peak {shown_bytes(rank['peak'])}, {rank['peak'] / rank['budget']:.3f} of its budget (at most 1.05), "
+                   f"{rank['peak'] / rank['predicted']:.3f} of the prediction (at most 1.1)",
+                   rank["peak"] <= 1.05 * rank["budget"] and rank["peak"] <= 1.1 * rank["predicted"])
+        slowest, token = max(map(limit_s, ranks)), ranks[0]["token_s"]
+        yield f"token {token:.2f} s, {token / slowest:.2f} of its limit {slowest:.2f} s (at most {HIDDEN})", token <= HIDDEN * slowest
+        planned = max(rank["plan_token_s"] for rank in ranks)
+        yield (f"planned token {planned:.2f} s, {planned / token:.2f} of the clock's (within a factor of {PLANNED})",
+               within(planned, token, PLANNED))
+
+
+def _bits(results: dict):
+    for step in steps(results, "bits").values():
+        yield f"logits of {step['tokens']} tokens equal to the held model's: {step['equal']}", step["equal"]
+
+
+def _ablation(results: dict):
+    for blocks, row in windows_of(results).items():
+        if blocks == max(windows_of(results)):
+            yield (f"a window of {blocks} blocks: token {row['token'] / row['token_limit']:.2f} of its limit, prompt of 64 "
+                   f"{row['prompt'] / row['prompt_limit']:.2f} (at most {HIDDEN})",
+                   row["token"] <= HIDDEN * row["token_limit"] and row["prompt"] <= HIDDEN * row["prompt_limit"])
+
+
+def windows_of(results: dict) -> dict[int, dict]:
+    """Blocks -> rank 0's times, the slowest rank's disk, the limits, the largest peak."""
+    found = steps(results, "ablation")
+    if not {"held", "windows"} <= found.keys():
+        return {}
+    rows = {}
+    for blocks in sorted(map(int, found["windows"][0])):
+        ranks = [rank[str(blocks)] for rank in found["windows"]]
+        disk, peak = max(rank["disk"] for rank in ranks), max(ranks, key=lambda rank: rank["peak"])
+        rows[blocks] = ranks[0] | {
+            "disk": disk, "peak": peak["peak"], "planned_peak": peak["base"] + peak["ring"],
+            "plan_token_s": max(rank["plan_token_s"] for rank in ranks),
+            "token_limit": max(disk, *(rank["rest_s"] for rank in ranks)), "prompt_limit": max(disk, found["held"]["prompt_s"])}
+    return rows
+
+
+def _accelerate(results: dict):
+    rows = steps(results, "accelerate")
+    for name in ("limited", "as it is"):
+        ours, theirs = rows.get(f"{name}, ours"), rows.get(f"{name}, Accelerate")
+        if ours is None or theirs is None:
+            continue
+        ratio = theirs["token_s"] / ours["ranks"][0]["token_s"]
+        if name == "limited":
+            yield (f"each process {ours['mbytes_s']:g} MB/s of disk: token time {ratio:.2f}x lower than Accelerate's (at least {LESS})",
+                   ratio >= LESS)
+        peak, own = theirs["peak"], max(rank["peak"] for rank in ours["ranks"])
+        if name == "as it is" or "as it is, ours" not in rows:
+            yield (f"peak memory {peak / own:.2f}x lower than Accelerate's (at least {LESS}): {shown_bytes(own)} a rank against "
+                   f"{shown_bytes(peak)}; torch alone is {shown_bytes(TORCH)} of each, beyond it {(peak - TORCH) / (own - TORCH):.2f}x",
+                   peak >= LESS * own)
+
+
+def _seventy(results: dict):
+    for number, rank in steps(results, "seventy").items():
+        yield (f"70B shape, {number} of 8: peak {shown_bytes(rank['peak'])} (at most 1 GiB), predicted {shown_bytes(rank['predicted'])}",
+               rank["peak"] <= 1 << 30)
+
+
+def _links(results: dict):
+    rows = steps(results, "links")
+    for name, row in rows.items():
+        ratios = [_link_prediction(row, way)[1] / row["token_s"][way] for way in row["sums_s"]]
+        worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+        yield (f"{name} behind links: the planner's token times, from what tune measured, are {worst:.2f} of the clock's at worst "
+               f"(within a factor of {PLANNED})", within(worst, 1, PLANNED))
+
+
+def _link_prediction(row: dict, way: str) -> list[float]:
+    """Seconds of a token [typed, tuned]: the planner's sums, and products as they were measured with sums left out."""
+    return [seconds + row["token_s"]["products alone"] for seconds in row["sums_s"][way]]
 
 
 def markdown(results: dict, plot: str | None) -> str:
     """The whole report."""
     machine = next((part["machine"] for part in results.values() if "machine" in part), {})
+    dates = sorted({part["machine"]["date"] for part in results.values() if "machine" in part})
     lines = ["# Models larger than memory", "", f"`make bench-edge`; {machine.get('cores')} cores {machine.get('cpu')}, torch "
-             f"{machine.get('torch')}, {machine.get('date')}. Random bf16 weights, each rank with its own folder (`hetero-attn shard`), "
+             f"{machine.get('torch')}, {' and '.join(dates)}. Random bf16 weights, each rank with its own folder (`hetero-attn shard`), "
              "one thread a rank. The limit is the slower of the disk alone (the same reads, nobody multiplying, all ranks at once) and "
-             "computation with communication.", ""]
+             "computation with communication. Peaks are VmHWM: Python and torch are in them.", ""]
     lines += [f"- {'pass' if passed else 'FAIL'}: {text}" for text, passed in verdicts(results)] + [""]
-    if plot and "ablation" in results:
+    if plot and windows_of(results):
         lines += [f"![token time by window, and memory]({plot})", ""]
-    if "main" in results:
-        lines += [f"## {results['main']['model']}, {len(results['main']['ranks'])} ranks", "", *_table(results["main"]["ranks"]), ""]
-    if "ablation" in results:
-        lines += ["## Windows (1B shape, 2 ranks, nothing resident)", "",
-                  "| blocks | ring | token s | disk alone s | planned s | of the limit | peak |", "|---:|---:|---:|---:|---:|---:|---:|"]
-        for blocks, ranks in results["ablation"]["windows"].items():
-            slow = max(ranks, key=limit_s)
-            lines.append(f"| {blocks} | {shown_bytes(slow['ring'])} | {ranks[0]['token_s']:.3f} | {slow['disk_s']:.3f} "
-                         f"| {max(rank['plan_token_s'] for rank in ranks):.3f} | {ranks[0]['token_s'] / limit_s(slow):.2f} "
-                         f"| {shown_bytes(max(rank['peak'] for rank in ranks))} |")
-        lines.append("")
-    if "accelerate" in results:
-        lines += ["## Beside Accelerate's disk offload (1B shape, one process, smallest max_memory that works)", "",
-                  f"Throttled: a control group for every process, {results['accelerate']['throttle_mb_s']:g} MB/s of reads each. "
-                  "Our reads are direct; Accelerate's go through the page cache, emptied before every token.", "",
-                  "| disk | 4 ranks, token s | peak a rank | Accelerate, token s | peak | ratio |", "|---|---:|---:|---:|---:|---:|"]
-        for name in ("throttled", "unthrottled"):
-            pair = results["accelerate"][name]
-            other, ours = pair["accelerate"], pair["ours"]
-            if "token_s" in other:
-                lines.append(f"| {name} | {ours[0]['token_s']:.2f} | {shown_bytes(max(rank['peak'] for rank in ours))} "
-                             f"| {other['token_s']:.2f} | {shown_bytes(other['peak'])} | {other['token_s'] / ours[0]['token_s']:.1f} |")
-            else:
-                lines.append(f"| {name} | {ours[0]['token_s']:.2f} | | failed: {other['failed']} | | |")
-        lines.append("")
-    if "seventy" in results:
-        ranks = list(results["seventy"]["ranks"].values())
-        lines += ["## 70B shape, 8 ranks, two of them one by one", "", "One layer's files stand for all 80 (read directly each time); sums "
-                  "between ranks are left out, so a token's time is disk and products alone.", "", *_table(ranks), ""]
-    if results.get("links", {}).get("rows"):
-        alone = results["links"]["alone_s"]
-        lines += ["## Over emulated links, 300 Mbit/s and 1 ms", "", "4 layers of hidden 4096, weights held; predicted: the planner's link "
-                  "model (1 ms, 300 Mbit/s, 0.2 ms a message) for the sums, and products as of one rank's token "
-                  f"({alone * 1e3:.1f} ms) on two cores.", "",
-                  "| ranks | asked for | route of a sum | token ms | predicted ms |", "|---:|---|---|---:|---:|"]
-        for name, row in results["links"]["rows"].items():
-            count, _, asked = name.partition(" ")
-            predicted = row["predicted_sums_s"] * (1 + 1 / row["sums"]) + alone / 2         # two cores do the ranks' products by turns
-            lines.append(f"| {count} | {asked} | {' '.join(row['route'])} | {row['token_s'] * 1e3:.1f} | {predicted * 1e3:.1f} |")
-        lines.append("")
+    for step in steps(results, "main").values():
+        lines += [f"## {step['model']}, {len(step['ranks'])} ranks", "", *_table(step["ranks"]), ""]
+    lines += [*_ablation_table(results), *_accelerate_table(results), *_seventy_table(results), *_links_table(results)]
     return "\n".join(lines)
+
+
+def _ablation_table(results: dict) -> list[str]:
+    rows = windows_of(results)
+    if not rows:
+        return []
+    held = steps(results, "ablation")["held"]
+    lines = ["## Windows (1B shape, 2 ranks, nothing resident)", "", "A block is an attention or an MLP slice; the ring holds any so many "
+             "in a row. The windows take turns. A token's products are short, so its limit is the disk whatever the window; a prompt of 64 "
+             f"tokens takes {held['prompt_s']:.2f} s with all weights held, and shows what a window hides.", "",
+             "| blocks | ring | disk alone s | token s | of its limit | planned s | prompt of 64, s | of its limit | peak |",
+             "|---:|" + "---:|" * 8]
+    for blocks, row in rows.items():
+        lines.append(f"| {blocks} | {shown_bytes(row['ring'])} | {row['disk']:.2f} | {row['token']:.2f} "
+                     f"| {row['token'] / row['token_limit']:.2f} | {row['plan_token_s']:.2f} | {row['prompt']:.2f} "
+                     f"| {row['prompt'] / row['prompt_limit']:.2f} | {shown_bytes(row['peak'])} |")
+    return [*lines, ""]
+
+
+def _accelerate_table(results: dict) -> list[str]:
+    rows = steps(results, "accelerate")
+    if not rows:
+        return []
+    first = next(iter(rows.values()))
+    lines = [f"## Beside Accelerate's disk offload ({first['model']})", "",
+             "Four ranks, each within the smallest `--memory-budget` that works, and Accelerate's one process with the smallest "
+             "`max_memory` that works: then all of it is on the disk, mapped from the checkpoint's own file. Our reads are direct; the "
+             "page cache is made to forget the checkpoint before each of Accelerate's tokens. Where the disk is as it is, one disk serves "
+             "all processes, so both can at best take the time of reading the checkpoint once: the limit of that ratio is 1.", ""]
+    if any(row["mbytes_s"] for row in rows.values()):
+        limited = next(row for row in rows.values() if row["mbytes_s"])
+        lines += [f"limited: every process in a control group of its own, which may read {limited['mbytes_s']:g} MB/s "
+                  f"({limited['how']}).", ""]
+    lines += ["| disk | who | memory asked for | peak a process | read a token | first token s | token s | disk alone s | GB/s of disk "
+              "| ratio |",
+              "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for name in ("limited", "as it is"):
+        ours, theirs = rows.get(f"{name}, ours"), rows.get(f"{name}, Accelerate")
+        if ours is not None:
+            ranks = ours["ranks"]
+            ratio = f"{theirs['token_s'] / ranks[0]['token_s']:.2f}" if theirs else ""
+            lines.append(f"| {name} | 4 ranks | {ours['budget']} | {shown_bytes(max(rank['peak'] for rank in ranks))} "
+                         f"| 4 x {shown_bytes(max(rank['read_bytes'] for rank in ranks))} | {ranks[0]['first_s']:.2f} "
+                         f"| {ranks[0]['token_s']:.2f} | {max(map(limit_s, ranks)):.2f} "
+                         f"| {sum(rank['read_bytes'] for rank in ranks) / ranks[0]['token_s'] / 1e9:.2f} | {ratio} |")
+        if theirs is not None:
+            lines.append(f"| {name} | Accelerate | {theirs['max_memory']} | {shown_bytes(theirs['peak'])}, of which "
+                         f"{shown_bytes(theirs['anonymous'])} anonymous | all weights | {theirs['first_s']:.2f} "
+                         f"| {theirs['token_s']:.2f} | | {theirs.get('read_bytes', 0) / theirs['token_s'] / 1e9:.2f} | |")
+    return [*lines, ""]
+
+
+def _seventy_table(results: dict) -> list[str]:
+    ranks = list(steps(results, "seventy").values())
+    if not ranks:
+        return []
+    return ["## 70B shape, 8 ranks, some of them one by one", "", "One layer's files stand for all 80 (read directly each time); sums "
+            "between ranks are left out, so a token's time is disk and products alone.", "", *_table(ranks), ""]
+
+
+def _links_table(results: dict) -> list[str]:
+    rows = steps(results, "links")
+    if not rows:
+        return []
+    lines = ["## Over emulated links, 300 Mbit/s and 1 ms (1B shape, weights held)", "", "The ways take turns within one run. Predicted: "
+             "the planner's sums (as `plan --link 1ms,300Mbit`, and after `tune` has measured the link, where a message also costs what "
+             "all ranks' messages take of two cores), and the products that the same ranks take on the same two cores with the sums left "
+             "out.", "",
+             "| ranks | way | route of a row's sum | token ms | of it products | predicted, typed | predicted, tuned |",
+             "|---:|---|---|---:|---:|---:|---:|"]
+    for row in rows.values():
+        for way in row["sums_s"]:
+            typed, tuned = _link_prediction(row, way)
+            route = " ".join(part for part in row["routes"][way] if part != "none")
+            lines.append(f"| {row['ranks']} | {way} | {route} | {row['token_s'][way] * 1e3:.0f} "
+                         f"| {row['token_s']['products alone'] * 1e3:.0f} | {typed * 1e3:.0f} | {tuned * 1e3:.0f} |")
+    return [*lines, ""]
 
 
 def _table(ranks: list[dict]) -> list[str]:
@@ -108,25 +217,25 @@ def _table(ranks: list[dict]) -> list[str]:
 
 
 def draw(file: Path, results: dict) -> None:
-    """Token time and peak memory against the window; nothing where there was no ablation."""
+    """Token and prompt time and peak memory against the window; nothing where there was no ablation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if "ablation" not in results:
+    rows = windows_of(results)
+    if not rows:
         return
-    windows = results["ablation"]["windows"]
-    blocks = list(map(int, windows))
+    blocks = list(rows)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot(blocks, [ranks[0]["token_s"] for ranks in windows.values()], "o-", color="#d1495b", label="token")
-    left.plot(blocks, [max(rank["plan_token_s"] for rank in ranks) for ranks in windows.values()], "s--", color="#66a182", label="planned")
-    left.plot(blocks, [max(map(limit_s, ranks)) for ranks in windows.values()], "-", color="#8d96a3", label="limit")
-    left.set(xlabel="window, blocks", ylabel="seconds a token", ylim=(0, None), title="1B shape, 2 ranks")
+    for name, label, color in (("token", "a token", "#d1495b"), ("prompt", "a prompt of 64", "#00798c")):
+        left.plot(blocks, [row[name] for row in rows.values()], "o-", color=color, label=label)
+        left.plot(blocks, [row[f"{name}_limit"] for row in rows.values()], ":", color=color, label="its limit")
+    left.set(xlabel="window, blocks", ylabel="seconds", ylim=(0, None), title="1B shape, 2 ranks")
     left.legend(fontsize=8)
-    right.plot(blocks, [max(rank["peak"] for rank in ranks) / 2**20 for ranks in windows.values()], "o-", color="#d1495b", label="peak")
-    right.plot(blocks, [max(rank["predicted"] for rank in ranks) / 2**20 for ranks in windows.values()], "s--", color="#66a182",
-               label="predicted")
+    right.plot(blocks, [row["peak"] / 2**20 for row in rows.values()], "o-", color="#d1495b", label="peak")
+    right.plot(blocks, [row["planned_peak"] / 2**20 for row in rows.values()], "s--", color="#66a182", label="before it + the ring")
     right.set(xlabel="window, blocks", ylabel="MiB a rank", ylim=(0, None), title="memory, Python and torch included")
     right.legend(fontsize=8)
     figure.savefig(file, dpi=110)
+    pyplot.close(figure)

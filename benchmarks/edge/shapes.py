@@ -20,8 +20,6 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_a
 SHAPES = {
     "tiny": {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
              "num_key_value_heads": 4},
-    "links": {"vocab_size": 4096, "hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 32,
-              "num_key_value_heads": 8},
     "llama-1b": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
                  "num_key_value_heads": 4},
     "llama2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -57,9 +55,9 @@ def tensors(keys: dict, layers: int | None = None) -> Iterator[tuple[str, tuple[
     yield "lm_head.weight", (vocab, hidden)
 
 
-def nbytes(name: str) -> int:
+def nbytes(name: str, layers: int | None = None) -> int:
     """Bytes of a shape's weights."""
-    return sum(2 * math.prod(shape) for _, shape in tensors(config(name)))
+    return sum(2 * math.prod(shape) for _, shape in tensors(config(name), layers))
 
 
 def write(folder: Path, name: str, *, layers: int | None = None, progress: Callable[[int, int], None] | None = None) -> Path:

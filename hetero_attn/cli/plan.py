@@ -116,7 +116,8 @@ def as_json(found) -> dict:
                           "host_bytes": each.placement.host_bytes}
     return {"ranks": ranks, "context": found.context, "largest_context": found.largest_context, "first_token_s": found.first_token_s,
             "token_s": found.token_s, "reduce_s": found.reduce_s, "alone_s": found.alone_s, "algorithm": found.algorithm,
-            "remarks": list(found.remarks), "cooperation": None if found.cooperation is None else facts(found.cooperation)}
+            "codec": found.codec, "remarks": list(found.remarks),
+            "cooperation": None if found.cooperation is None else facts(found.cooperation)}
 
 
 def as_text(found) -> str:
@@ -136,10 +137,11 @@ def as_text(found) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) if place in (1, 2) else cell.rjust(width)
                        for place, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    route = found.algorithm if found.codec == "none" else f"{found.algorithm} {found.codec}"
     where = "unified with the host's" if all(each.host.profile.device == "cpu" for each in found.ranks) else "the device's"
     lines += ["", f"memory is {where}; KV cache for {found.context} tokens, the largest that fits is {found.largest_context}",
               f"first token of a prompt of {PROMPT}: {shown_seconds(found.first_token_s)}; each further one {shown_seconds(found.token_s)}"
-              + (f", of which sums between ranks {shown_seconds(found.reduce_s)} ({found.algorithm})" if found.reduce_s else "")
+              + (f", of which sums between ranks {shown_seconds(found.reduce_s)} ({route})" if found.reduce_s else "")
               + (f"; one rank alone {shown_seconds(found.alone_s)}" if found.alone_s and len(found.ranks) > 1 else "")]
     if found.cooperation is not None:
         lines += text(found.cooperation)

@@ -7,13 +7,14 @@ any machine for any other. A number that is needed and that nobody has given is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from hetero_attn.collectives.choice import Route
-from hetero_attn.collectives.cost import CANDIDATES, LinkModel, from_settings, predict
+from hetero_attn.collectives.choice import NARROW, PLAIN, WIDE
+from hetero_attn.collectives.link import codec_costs
+from hetero_attn.collectives.tuning import Survey, codecs_of, from_profile
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.budget import activation_bytes, cache_bytes
 from hetero_attn.models.config import DTYPES, ModelConfig, ModelError
@@ -71,7 +72,10 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The whole: ranks, largest context, seconds of a first token (a prompt of PROMPT tokens) and of each further one, and remarks."""
+    """The whole: ranks, largest context, seconds of a first token (a prompt of PROMPT tokens) and of each further one, and remarks.
+
+    algorithm, codec: of a token's sums; rank 0's profile says what may be chosen, as it does when the ranks run.
+    """
 
     ranks: tuple[RankPlan, ...]
     context: int
@@ -81,6 +85,7 @@ class ModelPlan:
     reduce_s: float                                 # of token_s, all sums between ranks
     alone_s: float | None                           # a token on the best rank by itself; None where it cannot
     algorithm: str
+    codec: str
     remarks: tuple[str, ...]
     cooperation: Cooperation | None = None
 
@@ -111,15 +116,16 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
         raise ModelError(str(error)) from None
     together = sharing(hosts.ranks)
     ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context, together) for host, partition in zip(hosts.ranks, partitions))
-    reduce_s, algorithm = _sums(hosts, config, dtype, 1)
-    prefill_reduce_s, _ = _sums(hosts, config, dtype, PROMPT)
-    found = cooperation(ranks, config, dtype, context, _number, lambda rows: _sums(hosts, config, dtype, rows)[0])
+    link = _survey(hosts)
+    reduce_s, algorithm, codec = _sums(hosts, link, config, dtype, 1)
+    prefill_reduce_s, *_ = _sums(hosts, link, config, dtype, PROMPT)
+    found = cooperation(ranks, config, dtype, context, _number, lambda rows: _sums(hosts, link, config, dtype, rows)[0])
     token = max(max(each.compute_s + reduce_s, each.disk_s) for each in ranks)
     token = max(token, found.token.total_s) if found else token
     first_token = max(max(_prefill_s(each, config, dtype) + prefill_reduce_s, each.disk_s) for each in ranks)
     alone = _alone(hosts, config, checkpoint, dtype, context)
-    return ModelPlan(ranks, context, _largest_context(ranks, config, dtype, found), first_token, token, reduce_s, alone, algorithm,
-                     (*remarks, *_remarks(hosts, ranks, token, reduce_s, alone)), found)
+    return ModelPlan(ranks, context, _largest_context(ranks, config, dtype, found), first_token, token, reduce_s, alone, algorithm, codec,
+                     (*remarks, *_remarks(link, ranks, token, reduce_s, alone, codec)), found)
 
 
 def _shards(config, checkpoint: Checkpoint, partition: Partition | None, rank: int, world_size: int, vocabulary: str, *, layers_only=False):
@@ -227,23 +233,33 @@ def _prefill_s(rank: RankPlan, config: ModelConfig, dtype: torch.dtype) -> float
     return max(rank.compute_s, operations / (rate * 1e12 * REACHED) if rate else 0.0)
 
 
-def _sums(hosts: Hosts, config: ModelConfig, dtype: torch.dtype, rows: int) -> tuple[float, str]:
-    """Seconds of all sums of a pass over `rows` tokens, and the algorithm that takes least. Without a link: 0, and ''."""
-    link = hosts.link or _measured(hosts)
-    if len(hosts.ranks) == 1 or link is None:
-        return 0.0, ""
-    nbytes, widening = rows * config.hidden_size * dtype.itemsize, 2.0 if dtype.itemsize == 2 else 1.0
-    ranks = len(hosts.ranks)
-    each = {name: predict(link, "all_reduce", Route(name), ranks, nbytes, widening=widening) for name in CANDIDATES["all_reduce"]}
-    best = min(each, key=each.get)
-    return each[best] * 2 * config.layers + each[best], best             # and the embedding's, or its broadcast
+def _sums(hosts: Hosts, link: Survey | None, config: ModelConfig, dtype: torch.dtype, rows: int) -> tuple[float, str, str]:
+    """Seconds of all sums of a pass over `rows` tokens, and the route that rank 0's profile lets them take. Without a link: 0 and ''."""
+    if link is None:
+        return 0.0, "", PLAIN
+    profile, nbytes, kind = hosts.ranks[0].profile, rows * config.hidden_size * dtype.itemsize, NARROW if dtype.itemsize == 2 else WIDE
+    codec = PLAIN if profile.codec == "auto" and profile.algorithm != "auto" else profile.codec          # as tuning.settle has it
+    route = link.best("all_reduce", nbytes, kind, algorithm=profile.algorithm, codec=codec)
+    each = link.expected("all_reduce", route, nbytes, kind)
+    return each * (2 * config.layers + 1), *route                        # and the embedding's, or its broadcast
 
 
-def _measured(hosts: Hosts) -> LinkModel | None:
-    link = hosts.ranks[0].profile.link
-    if link.latency_ms is None:
+def _survey(hosts: Hosts) -> Survey | None:
+    """The link that was given, else what `hetero-attn tune` measured for rank 0's profile; None where there is neither, or one rank.
+
+    A codec's share of the wire is known, what it takes of a processor is timed on this machine: the one thing here that runs.
+    """
+    profile, ranks = hosts.ranks[0].profile, len(hosts.ranks)
+    if ranks == 1:
         return None
-    return from_settings(link.latency_ms, link.message_ms or 0.0, link.crowd_ms or 0.0, link.bandwidth_mbps, link.root_mbps)
+    if hosts.link is not None:
+        found = Survey(ranks, (), hosts.link)
+    else:
+        try:
+            found = from_profile(profile.link, ranks)
+        except ValueError as error:
+            raise ModelError(f"the overlay's link measurements are damaged ({error}); run hetero-attn tune --tp {ranks} again") from None
+    return found and replace(found, codecs=codec_costs(0, ranks, codecs_of(profile.codec)))
 
 
 def _largest_context(ranks: Sequence[RankPlan], config: ModelConfig, dtype: torch.dtype, shared: Cooperation | None) -> int:
@@ -272,16 +288,18 @@ def _alone(hosts: Hosts, config: ModelConfig, checkpoint: Checkpoint, dtype: tor
     return min(times, default=None)
 
 
-def _remarks(hosts: Hosts, ranks: Sequence[RankPlan], token: float, reduce_s: float, alone: float | None):
-    if len(ranks) > 1 and hosts.link is None and _measured(hosts) is None:
+def _remarks(link: Survey | None, ranks: Sequence[RankPlan], token: float, reduce_s: float, alone: float | None, codec: str):
+    if len(ranks) > 1 and link is None:
         yield ("the link is not known, so sums between ranks are left out: measure it with hetero-attn tune, or give link: in hosts.yaml "
                "or --link")
+    slow = max(ranks, key=lambda each: max(each.disk_s, each.compute_s))
+    reading = slow.disk_s > slow.compute_s + reduce_s
     if len(ranks) > 1 and alone is not None and alone <= token:
         yield (f"tensor parallelism is the wrong choice here: one rank alone takes {alone * 1e3:.3g} ms a token, {len(ranks)} ranks take "
                f"{token * 1e3:.3g} ms, of which {reduce_s * 1e3:.3g} ms are sums over the link")
-    elif reduce_s > 0.5 * token:
-        yield f"the link takes {reduce_s / token:.0%} of a token's time: a codec (codec: auto) or a quicker link gains most"
-    slow = max(ranks, key=lambda each: max(each.disk_s, each.compute_s))
-    if slow.disk_s > slow.compute_s + reduce_s:
+    elif reduce_s > 0.5 * token and not reading:
+        hint = "a quicker link" if codec != PLAIN else "a codec (codec: auto) or a quicker link"
+        yield f"the link takes {reduce_s / token:.0%} of a token's time: {hint} gains most"
+    if reading:
         yield (f"rank {slow.partition.rank}'s disk sets the pace: {slow.disk_s:.3g} s of reading a token; memory or a quicker disk gains "
                "most")

@@ -1,0 +1,101 @@
+"""Accelerate's disk offload beside four of our ranks, every process with a disk of its own: the same checkpoint, the same few tokens.
+
+Accelerate gets the smallest max_memory that works (then everything is on the disk) and, before every token, a page cache without the
+checkpoint: one that holds it whole would stand for the disk. Its reads are limited from its first token on, ours from the start, since
+our plan is made from what the disk gives.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from edge import ranks, throttle
+from hetero_attn.parallel.launch import RankFailure, run_ranks
+
+RANKS = 4
+MEMORIES = ("50MB", "100MB", "200MB", "400MB", "800MB", "1600MB")
+ONE_RUN = """
+import json, os, sys, threading, time
+sys.path[:0] = {paths!r}
+import torch
+from edge import throttle
+from edge.ranks import PROMPT
+from transformers import AutoModelForCausalLM
+
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) << 10
+
+def forget(folder):
+    for name in os.listdir(folder):
+        file = os.open(os.path.join(folder, name), os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+anonymous, over = [0], threading.Event()
+def watch():
+    while not over.wait(0.02):
+        anonymous[0] = max(anonymous[0], status("RssAnon"))
+threading.Thread(target=watch, daemon=True).start()
+torch.set_num_threads({threads})
+model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.bfloat16, device_map="auto", max_memory={{"cpu": {memory!r}}},
+                                             offload_folder={offload!r})
+ids, times, past, chosen = torch.tensor([PROMPT]), [], None, []
+with throttle.limited({folder!r}, {limit!r}):
+    for _ in range({tokens}):
+        forget({folder!r})
+        began = time.perf_counter()
+        with torch.no_grad():
+            out = model(input_ids=ids, past_key_values=past, use_cache=True)
+        times.append(time.perf_counter() - began)
+        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        chosen.append(int(ids))
+over.set()
+print(json.dumps({{"first_s": times[0], "token_s": sorted(times[1:])[(len(times) - 1) // 2], "times": times, "peak": status("VmHWM"),
+                   "anonymous": anonymous[0], "tokens": chosen, "on": sorted(set(map(str, model.hf_device_map.values())))}}))
+"""
+
+
+def theirs(folder: Path, limit: float | None, tokens: int) -> dict:
+    """One process under Accelerate with the smallest max_memory of MEMORIES that works."""
+    failure = ""
+    for memory in MEMORIES:
+        offload = folder.with_name(f"{folder.name}-offload")
+        code = ONE_RUN.format(paths=[path for path in sys.path if path], folder=str(folder), memory=memory, offload=str(offload),
+                              limit=limit, tokens=tokens, threads=2)
+        try:
+            ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
+        finally:
+            shutil.rmtree(offload, ignore_errors=True)
+            throttle.sweep()
+        if ran.returncode == 0:
+            size = (folder / "model.safetensors").stat().st_size
+            return json.loads(ran.stdout.splitlines()[-1]) | {"max_memory": memory, "read_bytes": size}
+        failure = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+    raise SystemExit(f"Accelerate worked with no max_memory up to {MEMORIES[-1]}: {failure}")
+
+
+def smallest(parts: Path) -> str:
+    """The smallest --memory-budget that the ranks accept, as their refusal of an impossible one says it."""
+    try:
+        run_ranks(ranks.generate, (str(parts), {"memory_budget": "1MiB"}, 1), RANKS, threads=1)
+    except RankFailure as refused:
+        found = re.search(r"the smallest that works is (\d+MiB)", str(refused))
+        if found:
+            return found[1]
+        raise
+    raise RuntimeError("1 MiB was not refused")
+
+
+def ours(parts: Path, limit: float | None, tokens: int) -> dict:
+    """Four ranks, each within the smallest budget that works."""
+    budget = smallest(parts)
+    try:
+        found = run_ranks(ranks.generate, (str(parts), {"memory_budget": budget}, tokens, 1, limit), RANKS, threads=1)
+        return {"budget": budget, "ranks": found}
+    finally:
+        throttle.sweep()
