@@ -40,7 +40,8 @@ OBJECTIONS = {
     "cpu": ({"device": "cpu"}, "device is cpu, torch_npu's operators run on npu"),
     "too wide": ({"head_dim": 800, "v_head_dim": 800}, "head_dim is 800, npu_fusion_attention takes up to 768"),
     "too wide for the kernel": ({"head_dim": 640, "v_head_dim": 640, "softcap": 1.0}, "the two-level kernel has up to 256"),
-    "too many sequences": (VARLEN | {"batch": 2000, "head_dim": 640}, "2000 packed sequences, npu_fusion_attention takes up to 1024"),
+    "too long": ({"q_len": 21 << 20, "kv_len": 21 << 20, "head_dim": 512, "v_head_dim": 512},
+                 f"the sequence is {21 << 20} long, npu_fusion_attention takes up to {1 << 20}"),
 }
 
 
@@ -63,6 +64,9 @@ def test_remarks_say_which_way_a_call_goes():
     assert gathered in remarks(**VARLEN, page_size=3, q_len=1)
     as_they_lie = remarks(**VARLEN, page_size=16, q_len=1)
     assert "gathered" not in as_they_lie and "lengths are read back" in as_they_lie
+    assert "gathered from their pages first: several queries a sequence (up to 128)" in remarks(**VARLEN, page_size=128)
+    assert "gathered from their pages first: window (8, 0) over 256 keys" in remarks(**VARLEN, page_size=128, q_len=1, window_size=(8, 0))
+    assert "gathered" not in remarks(**VARLEN, page_size=128, q_len=1, window_size=(255, 0))
     assert "through npu_fusion_attention: dtype is float32" in remarks(dtype=torch.float32)
     assert "by its lse" in remarks(sinks=True)
 
@@ -148,9 +152,38 @@ def test_masks_have_the_operators_polarity():
 
 
 def test_limits_name_value_bound_and_remedy():
-    assert limits.pages(spec(**VARLEN, page_size=64))[0] == (
-        "pages hold 64 tokens, the operator's prefill takes multiples of 128 up to 512; set kv_block_size: 128")
+    assert limits.pages(spec(**VARLEN, page_size=24, q_len=1))[0] == (
+        "pages hold 24 tokens, the operator's decode takes multiples of 16 up to 512; set kv_block_size: 128")
+    assert limits.pages(spec(**VARLEN, page_size=64)) == [
+        "several queries a sequence (up to 128), the operator reads pages as they lie at one"]
     assert "head_dim is 72, npu_fused_infer_attention_score takes multiples of 16 up to 512" in limits.infer(spec(head_dim=72))
+
+
+LENGTHS = {                                 # the longest that each operator takes, and one more
+    "one query": (limits.infer, {"q_len": 1}, "kv_len", 262144), "several queries": (limits.infer, {"q_len": 2}, "kv_len", 20971520),
+    "many queries": (limits.infer, {}, "q_len", 20971520), "fusion, keys": (limits.fusion, {}, "kv_len", 1 << 20),
+    "fusion, queries": (limits.fusion, {}, "q_len", 1 << 20), "fusion, packed": (limits.fusion, VARLEN, "kv_len", 1 << 20),
+    "fusion, batch": (limits.fusion, {}, "batch", 2 << 20), "infer, batch": (limits.infer, {}, "batch", 65536),
+}
+
+
+@pytest.mark.parametrize("objections, options, name, longest", LENGTHS.values(), ids=LENGTHS)
+def test_lengths_are_bounded(objections, options, name, longest):
+    assert objections(spec(**options | {name: longest})) == []
+    reasons = objections(spec(**options | {name: longest + 1}))
+    assert len(reasons) == 1 and str(longest + 1) in reasons[0] and str(longest) in reasons[0]
+
+
+def test_a_long_decode_goes_through_fusion_and_says_so():
+    assert "through npu_fusion_attention: the sequence is 300000 long" in " | ".join(BACKEND.remarks(spec(q_len=1, kv_len=300000)))
+
+
+def test_the_pool_is_judged_as_it_is():
+    pages = torch.empty(3, 128, 2, 64, device="meta")
+    assert limits.page_pool(pages, [128, 1, 128], 128) == []
+    assert limits.page_pool(pages, [128, 129, 1], 128) == ["the sequences have 4 blocks, the pool 3, and the operator wants as many"]
+    large = torch.empty(1 << 17, 128, 2, 64, device="meta")
+    assert f"the pages hold {2**31} numbers, the operator takes up to {2**31 - 1}" in limits.page_pool(large, [5], 128)[0]
 
 
 def test_every_task_goes_to_one_core():

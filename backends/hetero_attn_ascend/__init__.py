@@ -29,7 +29,7 @@ class AscendBackend(Backend):
     """launcher: where torch_npu comes from and which tensors it takes; tests put an emulated one here. Constructing imports nothing."""
 
     name = "ascend"
-    judges_lengths = True                   # packed tokens and batches have bounds
+    judges_lengths = True                   # lengths and batches have bounds
 
     def __init__(self, launcher: DeviceLauncher | None = None) -> None:
         self._launcher = launcher or DeviceLauncher()
@@ -67,13 +67,12 @@ class AscendBackend(Backend):
         else:
             if spec.sinks:
                 remarks.append("sinks join after the operator, by its lse")
-            if spec.page_size and (spec.q_len > 1 or limits.pages(spec)):
-                why = "several queries a sequence" if not limits.pages(spec) else limits.pages(spec)[0]
-                remarks.append(f"keys are gathered from their pages first: {why}")
+            if spec.page_size and limits.pages(spec):
+                remarks.append(f"keys are gathered from their pages first: {limits.pages(spec)[-1 if spec.q_len > 1 else 0]}")
             elif spec.varlen or limits.infer(spec):
                 remarks.append("through npu_fusion_attention" + ("" if spec.varlen else f": {limits.infer(spec)[0]}"))
         if spec.varlen:
-            remarks.append("lengths are read back to the host: they are needed as lists there")
+            remarks.append("lengths are read back to the host, once for tensors that stay as they are: they are needed as lists there")
         return remarks
 
     def attention(

@@ -15,6 +15,7 @@ import torch
 
 from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands, dtype_name
 from hetero_attn_ascend.chip import Chip
+from hetero_attn_ascend.lengths import on_host
 from hetero_attn_ascend.pages import gathered
 from hetero_attn_ascend.tiling import Problem, even_split, kernel_blocks
 from hetero_attn_ascend.tiling_mask import side, tiling_mask
@@ -58,16 +59,16 @@ class TwoLevelKernel:
         """As Backend.attention, for a spec that unsupported() has nothing against."""
         Hq, Dv = spec.q_heads, v.shape[-1]
         if spec.varlen:
-            starts = operands.cu_seqlens_q.tolist()
+            starts = on_host(operands.cu_seqlens_q)
             q_lens = [b - a for a, b in pairwise(starts)]
             if spec.page_size and not spec.rows_differ:
-                sequences = Sequences(starts[:-1], [0] * len(q_lens), q_lens, operands.seqused_k.tolist())
+                sequences = Sequences(starts[:-1], [0] * len(q_lens), q_lens, on_host(operands.seqused_k))
             else:
                 if spec.page_size:              # rows that see different keys: the guard against NaN wants them packed
-                    k, v, k_starts = gathered(k, v, operands.block_table, operands.seqused_k.tolist(), spec.page_size)
+                    k, v, k_starts = gathered(k, v, operands.block_table, on_host(operands.seqused_k), spec.page_size)
                     spec = replace(spec, page_size=0)
                 else:
-                    k_starts = operands.cu_seqlens_k.tolist()
+                    k_starts = on_host(operands.cu_seqlens_k)
                 sequences = Sequences(starts[:-1], k_starts[:-1], q_lens, [b - a for a, b in pairwise(k_starts)])
             out, lse = q.new_zeros(q.shape[0], Hq, Dv), q.new_full((Hq, q.shape[0]), float("-inf"), dtype=torch.float32)
         else:
