@@ -7,7 +7,7 @@ import pytest
 import torch
 from hetero_attn_ascend import AscendBackend, kernel_route, launcher, limits
 from hetero_attn_ascend.sparse import ALL, BAND, CAUSAL, COMPRESSED, WHOLE, CompressedMask, full_mask, rows_without_keys, sparse_of
-from hetero_attn_ascend.tiling import even_split, kernel_blocks
+from hetero_attn_ascend.tiling import even_split
 
 from hetero_attn import registry
 from hetero_attn.explain import explain_spec
@@ -78,6 +78,10 @@ def test_the_kernel_needs_triton_ascend_where_torch_npu_is(monkeypatch):
     assert AscendBackend().unsupported_reasons(spec()) == []
     installed["triton-ascend"] = "3.1.0"
     assert "triton-ascend is 3.1.0, expected 3.2.0 or later" in AscendBackend().unsupported_reasons(spec(softcap=2.0))[-1]
+    installed["triton-ascend"] = "3.1rc2"
+    assert "triton-ascend is 3.1rc2, expected" in AscendBackend().unsupported_reasons(spec(softcap=2.0))[-1]
+    installed["triton-ascend"] = "3.2rc1"
+    assert AscendBackend().unsupported_reasons(spec(softcap=2.0)) == []
     installed["triton-ascend"] = "3.2.0"
     assert AscendBackend().unsupported_reasons(spec(softcap=2.0)) == []
 
@@ -116,6 +120,20 @@ def test_an_import_that_fails_is_a_reason(monkeypatch):
     monkeypatch.setattr(launcher, "version_reasons", list)
     monkeypatch.setattr(device, "load", broken)
     assert "libhccl.so" in device.reasons()[0] and "set_env.sh" in device.reasons()[0]
+
+
+@pytest.mark.parametrize("name, words", [("Ascend910_93", "documented for Atlas A2"), ("Ascend910B", "documented for Atlas A2"),
+                                          ("Ascend910B2", "")])
+def test_a_chip_beyond_the_documents_is_refused(name, words, monkeypatch):
+    """A3 has no profile here, and not all of the operators' documents name it."""
+    device = launcher.DeviceLauncher()
+    monkeypatch.setattr(launcher, "version_reasons", list)
+    monkeypatch.setattr(device, "load", lambda: None)
+    monkeypatch.setattr(device, "probe", lambda npu: [])
+    npu = type("Npu", (), {"is_available": lambda: True, "get_device_name": lambda index: name})
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    reasons = device.reasons()
+    assert not reasons if not words else name in reasons[0] and words in reasons[0]
 
 
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
@@ -191,4 +209,4 @@ def test_every_task_goes_to_one_core():
     split = even_split(weights, 3)
     assert sorted(index for core in split for index in core) == list(range(7))
     assert max(sum(weights[index] for index in core) for core in split) == 5
-    assert kernel_blocks.__doc__ and even_split([], 2) == [[], []]
+    assert even_split([], 2) == [[], []]

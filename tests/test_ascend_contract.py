@@ -115,8 +115,10 @@ OWN_CASES = [
     AttentionCase("pages-decode-window-nan", sequences=((1, 60), (1, 17), (1, 2)), page_size=16, window_size=(3, -1), poison="nan",
                   lse="always", **HALF),
     AttentionCase("odd-pages-decode-window-inf", sequences=((1, 60), (1, 17)), page_size=7, window_size=(3, 0), poison="inf", **HALF),
-    AttentionCase("pages-prefill-window-nan", sequences=((3, 60), (1, 17), (9, 40)), page_size=16, window_size=(3, 0), poison="nan", **HALF),
+    AttentionCase("pages-prefill-window-nan", sequences=((3, 60), (1, 17), (9, 40)), page_size=16, window_size=(3, 0), poison="nan",
+                  **HALF),
     AttentionCase("dense-decode-window-nan", q_len=1, kv_len=60, window_size=(3, -1), poison="nan", **HALF),
+    AttentionCase("no-batch-padding", batch=0, q_len=3, kv_len=4, mask="padding", mask_axes="qk", **HALF),
     AttentionCase("mixed", sequences=((1, 40), (7, 7), (0, 5), (30, 9), (5, 0)), is_causal=True, window_size=(12, -1), lse="always"),
 ]
 

@@ -65,7 +65,7 @@ def infer(spec: AttentionSpec) -> list[str]:
 def pages(spec: AttentionSpec) -> list[str]:
     """Against handing pages to npu_fused_infer_attention_score as they lie; they are gathered into packed keys otherwise."""
     objections = infer(spec)
-    if spec.q_len != 1:
+    if spec.q_len > 1:
         # Packed queries (TND) are documented without pages; padded ones would have to be copied out and back.
         return [*objections, f"several queries a sequence (up to {spec.q_len}), the operator reads pages as they lie at one"]
     if spec.page_size % PAGE_STEP or spec.page_size > MAX_PAGE:
