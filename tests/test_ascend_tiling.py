@@ -336,6 +336,16 @@ def test_the_kernels_plan_is_one_that_triton_and_the_compiler_take(q_len, kv_len
     assert plan.cube_loop in LOOPS and plan.vector_loop in LOOPS and plan.padded_k >= head_dim and plan.padded_v >= v_head_dim
 
 
+def test_the_kernels_blocks_are_counted_as_it_walks_them():
+    """From the multiple of its width at or before the window's left edge, as two_level_kernel.py does."""
+    problem = Problem.of(spec(1024, 4096, 128, is_causal=True, window_size=(700, -1)))
+    plan = kernel_tiles(CHIPS["ascend910b"], problem)
+    for block, steps in enumerate(plan.steps()):
+        first = block * plan.block_m
+        low, high = problem.keys_of(first, min(plan.block_m, problem.rows - first))
+        assert steps == len(range(low - low % plan.block_n, high, plan.block_n)) == len(plan.blocks_of(block))
+
+
 class Launches:
     """In the Triton kernel's place: what it would have been launched with."""
 

@@ -48,6 +48,11 @@ class KernelTiling(Tiling):
         return max(self.chip.matrix_shape[1], power_of_two(self.problem.v_head_dim))
 
     @property
+    def first_keys(self) -> int:
+        """The kernel's blocks stand at multiples of their width."""
+        return self.block_n
+
+    @property
     def mask_side(self) -> int:
         """The kernel's masks are cut for whole blocks."""
         return tiling_mask.side(self.block_m, self.block_n)

@@ -133,21 +133,23 @@ class Tiling:
     def row_blocks(self) -> int:
         return max(1, -(-self.problem.rows // self.block_m))
 
+    @property
+    def first_keys(self) -> int:
+        """The first keys of level-1 blocks are multiples of this, so that level-2 tiles are the same whatever the window."""
+        return self.tile_n
+
     def blocks_of(self, row_block: int) -> list[tuple[int, int]]:
-        """(first key, keys) of the level-1 blocks that a row block visits; first keys are multiples of tile_n, so that level-2 tiles are
-        the same whatever the window."""
-        first = row_block * self.block_m
-        start, end = self.problem.keys_of(first, min(self.block_m, self.problem.rows - first)) if self.problem.rows else (0, 0)
-        start -= start % self.tile_n
+        """(first key, keys) of the level-1 blocks that a row block visits."""
+        _, start, end = self._span(row_block)
         return [(key, min(self.block_n, end - key)) for key in range(start, end, self.block_n)]
 
     def _span(self, row_block: int) -> tuple[int, int, int]:
-        """First row, and [start, end) of the keys of a row block's level-1 blocks; start is a multiple of tile_n."""
+        """First row, and [start, end) of the keys of a row block's level-1 blocks."""
         first = row_block * self.block_m
         if not self.problem.rows:
             return first, 0, 0
         start, end = self.problem.keys_of(first, min(self.block_m, self.problem.rows - first))
-        return first, start - start % self.tile_n, end
+        return first, start - start % self.first_keys, end
 
     def steps(self) -> list[int]:
         """Level-1 blocks of each row block of one head."""
