@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
 
 from hetero_attn_ascend.chip import Chip  # noqa: E402
-from hetero_attn_ascend.schedule_model import count, estimate  # noqa: E402
-from hetero_attn_ascend.tiling import Problem, one_level_tiles, two_level_tiles  # noqa: E402
+from hetero_attn_ascend.planner import kernel_tiles, one_level_tiles, two_level_tiles  # noqa: E402
+from hetero_attn_ascend.schedule_model import HAND_OVER_US, count, estimate  # noqa: E402
+from hetero_attn_ascend.tiling import Problem  # noqa: E402
 
 from hetero_attn.profile import load_profile  # noqa: E402
 from hetero_attn.spec import AttentionSpec  # noqa: E402
@@ -30,15 +31,17 @@ PROFILES = ("ascend910b", "ascend910a")
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 HEAD_DIMS = (64, 128)
 HEADS = 32
-HAND_OVER_US = 1.0
+SEARCHES = {"two": two_level_tiles, "one": one_level_tiles, "kernel": kernel_tiles}
+BUFFERS = ("L1", "L0A", "L0B", "L0C", "UB")
 
 
 def row(profile: str, length: int, head_dim: int, hand_over_us: float) -> dict:
-    """One causal fp16 prefill, batch 1, 32 heads: the plan, its counts and times, and the same for one level."""
+    """One causal fp16 prefill, batch 1, 32 heads: the plan, its counts and times, and the same for one level and for our Triton kernel."""
     chip = Chip.of(load_profile(profile))
     spec = AttentionSpec("npu", torch.float16, 1, HEADS, HEADS, length, length, head_dim, head_dim, is_causal=True)
     result = {"profile": profile, "length": length, "head_dim": head_dim}
-    for name, plan in (("two", two_level_tiles(chip, Problem.of(spec))), ("one", one_level_tiles(chip, Problem.of(spec)))):
+    for name, search in SEARCHES.items():
+        plan = search(chip, Problem.of(spec))
         counts = count(plan)
         times = estimate(plan, counts, hand_over_us)
         over = [buffer for buffer, used in counts.peak.items() if used > getattr(chip.capacity, buffer)]
@@ -57,13 +60,13 @@ def report(rows: list[dict], hand_over_us: float) -> str:
         "**Model, not measurement. Verified on hardware: none.** Made by `make bench-ascend-model`: causal prefill, fp16, batch 1, "
         f"{HEADS} heads. Counts are exact for the modelled schedule; times are counts over the profiles' rates, all overlapped "
         f"but the hand-overs between Cube and Vector, each *assumed* to cost {hand_over_us:g} us (nobody has published it).", "",
-        "| profile | S | D | level 1 | level 2 | L1 / L0C / UB used | hand-overs, one level | two levels | fewer "
+        f"| profile | S | D | level 1 | level 2 | {' / '.join(BUFFERS)} used | hand-overs, one level | two levels | fewer "
         "| traffic GiB, one / two | mask S x S | tiling-mask | model ms, one / two |",
         "|" + "---|" * 13,
     ]
     for each in rows:
         two, one = each["two"], each["one"]
-        used = " / ".join(f"{100 * two['peak'][b] / two['capacity'][b]:.0f} %" for b in ("L1", "L0C", "UB"))
+        used = _used(two)
         lines.append(
             f"| {each['profile']} | {each['length']} | {each['head_dim']} | {two['level_1'][0]} x {two['level_1'][1]} | "
             f"{' x '.join(map(str, two['level_2']))} | {used} | {one['hand_overs']} | {two['hand_overs']} | "
@@ -78,10 +81,23 @@ def report(rows: list[dict], hand_over_us: float) -> str:
         figures = [two[name] for name in ("cube_ms", "vector_ms", "l2_ms", "memory_ms", "hand_overs_ms")]
         lines.append(f"| {each['profile']} | {each['length']} | {each['head_dim']} | "
                      + " | ".join("unknown" if figure is None else f"{figure:.3g}" for figure in figures) + " |")
+    lines += ["", "What our own Triton kernel launches: powers of two, up to four level-2 tiles a block, more of a block held at once "
+              "(`kernel_tiling.py`). On the 910A, where triton-ascend does not run, that leaves one level.", "",
+              f"| profile | S | D | level 1 | level 2 | {' / '.join(BUFFERS)} used | hand-overs | fewer than one level | model ms |",
+              "|" + "---|" * 9]
+    for each in rows:
+        kernel, one = each["kernel"], each["one"]
+        lines.append(f"| {each['profile']} | {each['length']} | {each['head_dim']} | {kernel['level_1'][0]} x {kernel['level_1'][1]} | "
+                     f"{' x '.join(map(str, kernel['level_2']))} | {_used(kernel)} | {kernel['hand_overs']} | "
+                     f"{one['hand_overs'] / kernel['hand_overs']:.1f}x | {kernel['total_ms']:.3g} |")
     lines += ["", "The scores cross from Cube to Vector and the weights back through L2 (so on both chips; on the 910A, where "
               "both units share a core, a direct way through UB exists and is not modelled), which is what bounds it. "
               "`hetero-attn explain --tiling --profile ascend910b …` shows the plan of any call.", "", "![plot](ascend_model.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _used(plan: dict) -> str:
+    return " / ".join(f"{100 * plan['peak'][buffer] / plan['capacity'][buffer]:.0f} %" for buffer in BUFFERS)
 
 
 def _size(size: int) -> str:
@@ -101,8 +117,8 @@ def plot(rows: list[dict], path: Path) -> None:
         for head_dim in HEAD_DIMS:
             own = [each for each in rows if (each["profile"], each["head_dim"]) == (name, head_dim)]
             lengths = [each["length"] for each in own]
-            for levels, style in (("one", "--"), ("two", "-")):
-                label = f"{levels} level{'s' * (levels == 'two')}, D = {head_dim}"
+            for levels, style, words in (("one", "--", "one level"), ("kernel", ":", "our kernel"), ("two", "-", "two levels")):
+                label = f"{words}, D = {head_dim}"
                 color = {64: "tab:blue", 128: "tab:orange"}[head_dim]
                 axes[0][column].plot(lengths, [each[levels]["hand_overs_busiest_core"] for each in own], style, color=color, label=label)
                 axes[1][column].plot(lengths, [each[levels]["total_ms"] for each in own], style, color=color, label=label)

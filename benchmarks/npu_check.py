@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
-NEEDS = """an Ascend NPU of Atlas A2 or A3 (Ascend910B1 to B4, Ascend910_93), its driver (`npu-smi info` lists it), and CANN 8.0 or later
-  with set_env.sh sourced in this shell
+sys.path[:0] = [str(ROOT), str(ROOT / "backends"), str(ROOT / "benchmarks")]
+
+import npu_served  # noqa: E402
+
+NEEDS = """an Ascend NPU of Atlas A2 (Ascend910B1 to B4; two or more for the communicator too), its driver (`npu-smi info` lists it), and
+  CANN 8.0 or later with set_env.sh sourced in this shell
 torch and the torch_npu built against it: pip install torch==2.13.0 torch-npu==2.13.0
 for our own kernel also: pip install triton-ascend==3.2.0   (it takes the place of the package triton)
 this checkout with its test packages: pip install -e '.[dev]'"""
@@ -36,13 +39,14 @@ ROUNDS = 20
 
 @dataclass(frozen=True)
 class Suite:
-    """One run of pytest. tail: its last lines, where something failed."""
+    """One run of pytest. served: how many calls went which way, in words. tail: its last lines, where something failed."""
 
     name: str
     passed: int
     skipped: int
     failed: int
     seconds: float
+    served: str = ""
     tail: str = ""
 
 
@@ -64,9 +68,12 @@ def versions() -> dict[str, str]:
 def run_suite(name: str, arguments: list[str], environment: dict[str, str], report: Path) -> Suite:
     """Run pytest in a process of its own; whatever becomes of it is in the Suite."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "npu_served", f"--junitxml={report}", *arguments]
+    served = report.with_suffix(".served")
+    environment = {**os.environ, **environment, npu_served.VARIABLE: str(served.resolve())}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - start
+    ways = npu_served.read(served)
     try:
         counts = ElementTree.parse(report).getroot().find("testsuite").attrib
         failed = int(counts["failures"]) + int(counts["errors"])
@@ -75,7 +82,18 @@ def run_suite(name: str, arguments: list[str], environment: dict[str, str], repo
     except (OSError, ElementTree.ParseError, AttributeError, KeyError):
         passed, skipped, failed = 0, 0, 1
     tail = "" if not failed and done.returncode == 0 else "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-    return Suite(name, passed, skipped, failed or int(done.returncode != 0), seconds, tail)
+    return Suite(name, passed, skipped, failed or int(done.returncode != 0), seconds, ways, tail)
+
+
+def collectives_run(backend: str, devices: int, quick: bool) -> tuple[list[str] | None, str]:
+    """pytest's arguments for the collectives' suite where there are devices for it, else None; and what the page says of it. Three ranks
+    stand for what the fused operator does not take."""
+    if devices < 2:
+        return None, f"not run, {devices} device{'s' * (devices != 1)}"
+    sizes = [size for size in (2, 3) if size <= devices]
+    wanted = " or ".join(f"{backend}-{size}]" for size in sizes)
+    only = f"({wanted}) and all_reduce-float32" if quick else wanted
+    return ["--pyargs", "hetero_attn.testing.test_collectives", "-k", only], f"{' and '.join(map(str, sizes))} ranks, one a device"
 
 
 def timings(backend: str, device: str, quick: bool) -> list[tuple[str, float | str, float | str]]:
@@ -108,14 +126,14 @@ def timings(backend: str, device: str, quick: bool) -> list[tuple[str, float | s
     return rows
 
 
-def page(backend: str, device: str, device_name: str, found: dict[str, str], suites: list[Suite], rows: list) -> str:
-    """The page to send back, in Markdown."""
+def page(backend: str, device: str, device_name: str, found: dict[str, str], suites: list[Suite], rows: list, communicator: str) -> str:
+    """The page to send back, in Markdown. communicator: what is to be said of it beside its suite."""
     rehearsal = "" if backend == "ascend" else f"\n**A rehearsal with backend {backend} on {device}: it says nothing about Ascend.**\n"
     lines = [f"# npu-check: {device_name}, {datetime.date.today().isoformat()}", rehearsal,
              "\n".join(f"- {name}: {value}" for name, value in found.items()), "",
-             "| suite | passed | skipped | failed | seconds |", "|---|---|---|---|---|"]
-    lines += [f"| {each.name} | {each.passed} | {each.skipped} | {each.failed} | {each.seconds:.0f} |" for each in suites]
-    lines += ["", f"| fp16, causal | {backend} ms | sdpa ms |", "|---|---|---|"]
+             "| suite | passed | skipped | failed | seconds | served by |", "|---|---|---|---|---|---|"]
+    lines += [f"| {each.name} | {each.passed} | {each.skipped} | {each.failed} | {each.seconds:.0f} | {each.served} |" for each in suites]
+    lines += ["", f"communicator: {communicator}", "", f"| fp16, causal | {backend} ms | sdpa ms |", "|---|---|---|"]
     shown = lambda figure: figure if isinstance(figure, str) else f"{figure:.3f}"
     lines += [f"| {' | '.join([name, *map(shown, times)])} |" for name, *times in rows]
     lines += [f"\n## {each.name}, last lines\n\n```\n{each.tail}\n```" for each in suites if each.tail]
@@ -136,6 +154,7 @@ def main() -> int:
         import torch
 
         from hetero_attn import registry
+        from hetero_attn.backend import Backend
     except ImportError as error:
         print(f"npu-check cannot run here:\n  {error} in {sys.executable}\nit needs\n{NEEDS}\nverified: none, until it has run somewhere")
         return 3
@@ -151,19 +170,26 @@ def main() -> int:
     if not target.parent.is_dir():
         parser.error(f"--page {target}: the folder {target.parent} does not exist")
     environment = {"HETERO_ATTN_TEST_BACKENDS": backend, "HETERO_ATTN_TEST_DEVICE": device,
-                   "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0" if device == "cpu" else "1"}
+                   "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}:{ROOT / 'benchmarks'}", "HETERO_ATTN_TEST_COMMUNICATORS": backend,
+                   "TORCH_DEVICE_BACKEND_AUTOLOAD": "0" if device == "cpu" else "1"}
     report = target.with_suffix(".xml")
     suites = []
     few = ["-k", "plain or is_available"] if args.quick else []
     runs = {"attention conformance": ["--pyargs", "hetero_attn.testing.test_attention", *few]}
     if not args.quick:
         runs["attention, random calls"] = ["--pyargs", "hetero_attn.testing.test_attention_hypothesis"]
+    has_communicator = type(registry.get(backend)).communicator is not Backend.communicator
+    collectives, communicator = None, "not run, this backend has none"
+    if has_communicator:
+        collectives, communicator = collectives_run(backend, torch.npu.device_count() if device == "npu" else 2, args.quick)
+    if collectives:
+        runs["collectives"] = collectives
     for title, arguments in runs.items():
         print(f"{title} ...", file=sys.stderr, flush=True)
         suites.append(run_suite(title, arguments, environment, report))
         report.unlink(missing_ok=True)
     print("timings ...", file=sys.stderr, flush=True)
-    text = page(backend, device, name, versions(), suites, timings(backend, device, args.quick))
+    text = page(backend, device, name, versions(), suites, timings(backend, device, args.quick), communicator)
     target.write_text(text)
     print(text)
     print(f"written: {target}", file=sys.stderr)

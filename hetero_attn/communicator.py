@@ -166,6 +166,11 @@ class Communicator:
         """
         return self.all_reduce(self._partial(x, weight, bias), site=site)
 
+    def fused_linear_reasons(self, dtype: torch.dtype) -> list[str] | None:
+        """(optional) Whether linear_all_reduce of `dtype` is one operator here, which overlaps product and sum by itself: [] = it is, from
+        some rows on; reasons = this device has such an operator, and they stand against it; None = it has none. Every rank's alike."""
+        return None
+
     def _partial(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """This rank's summand of linear_all_reduce, made where the all-reduce takes it without a copy."""
         check_tensor("linear_all_reduce", "x", x)

@@ -24,7 +24,7 @@ VARIABLES: dict[str, str] = {
     "HETERO_ATTN_TOKEN": "secret that all ranks of `generate` must know; a rank that does not is named and refused",
     "HETERO_ATTN_DEBUG": "1 = the command line shows the traceback of an error",
     "HETERO_ATTN_TEST_BACKENDS": "attention backends the conformance suite runs, separated by commas (else all that are found)",
-    "HETERO_ATTN_TEST_DEVICE": "device type the attention suite runs on (else each on which the backend runs a plain case)",
+    "HETERO_ATTN_TEST_DEVICE": "device type the suites run on (else cpu, and for attention each on which the backend runs a plain case)",
     "HETERO_ATTN_TEST_COMMUNICATORS": "communicators the conformance suite runs, separated by commas (else all that are found)",
     "HETERO_ATTN_FULL": "1 = run the tests' full grids",
 }

@@ -16,6 +16,7 @@ import torch
 ALL = 2147483647
 HALF = (torch.float16, torch.bfloat16)
 calls: Counter = Counter()                  # (operator, layout, sparse_mode, paged, lse) -> how often
+bounds = {"S at one query": 262144, "S": 20971520, "pool": 2147483647, "S of fusion": 1 << 20, "T": 1 << 20, "sequences": 1024}
 
 
 class Refused(RuntimeError):
@@ -118,6 +119,12 @@ def infer_reference(
         require(kv[0].shape[:2] == (B, Nkv) and kv[0].shape[3] == D, f"key {list(key.shape)}")
     span = block_table.shape[1] * block_size if block_table is not None else kv[0].shape[2]
     kv_lens = _lengths(actual_seq_lengths_kv, B, span)
+    longest = max([Sq, *kv_lens] if block_table is not None else [Sq, span])
+    require(longest <= bounds["S at one query" if Sq == 1 else "S"], f"S {longest} at Sq {Sq}")
+    if block_table is not None:
+        require(max(key.numel(), value.numel()) <= bounds["pool"], f"pages of {key.numel()} numbers")
+        wanted = sum(-(-length // block_size) for length in kv_lens)
+        require(key.shape[0] >= wanted, f"blocknum {key.shape[0]} for {wanted} blocks of all sequences")
     q_lens = _lengths(actual_seq_lengths, B, Sq) if Sq > 1 else [1] * B
     require(max(kv_lens) <= span, f"lengths {kv_lens} beyond {span}")
     if Sq == 1:                                     # the decode path: sparse modes and tokens have no effect
@@ -169,7 +176,8 @@ def fusion_reference(
         N, Nkv = query.shape[1], key.shape[1]
         q_pieces = _cumulative(actual_seq_qlen, query.shape[0], "actual_seq_qlen")
         kv_pieces = _cumulative(actual_seq_kvlen, key.shape[0], "actual_seq_kvlen")
-        require(len(q_pieces) == len(kv_pieces) <= 1024 and query.shape[0] <= 1 << 20, "sequences of q and kv, or too many of them")
+        require(len(q_pieces) == len(kv_pieces) <= bounds["sequences"], "sequences of q and kv, or too many of them")
+        require(max(query.shape[0], key.shape[0]) <= bounds["T"], f"T {query.shape[0]}, {key.shape[0]}")
         problems = [(query[a:b].transpose(0, 1), key[c:d].transpose(0, 1), value[c:d].transpose(0, 1), None)
                     for (a, b), (c, d) in zip(q_pieces, kv_pieces)]
         require(all(k.shape[1] for _, k, _, _ in problems), "a sequence without keys")
@@ -184,6 +192,8 @@ def fusion_reference(
         problems = [(q[b], k[b], v[b], None if atten_mask is None else atten_mask[b % len(atten_mask)] if sparse_mode < 2 else atten_mask)
                     for b in range(B)]
     require(N == head_num and N % Nkv == 0 and N <= 256, f"head_num {head_num} for {N}, key/value {Nkv}")
+    longest = max((x.shape[1] for problem in problems for x in problem[:2]), default=0)
+    require(longest <= bounds["S of fusion"], f"S {longest}")
     results = []
     for q, k, v, mask in problems:
         mask = atten_mask if packed else mask

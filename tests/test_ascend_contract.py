@@ -5,6 +5,7 @@ Runs in an environment that has torch_npu (`make test-ascend`); elsewhere it is 
 calls mean what the operators' documentation says, not that a device does what its documentation says.
 """
 
+from collections import Counter
 from contextlib import contextmanager
 
 import hypothesis
@@ -17,10 +18,11 @@ if missing():
 
 import ascend_operators
 from ascend_operators import Refused, altered
-from hetero_attn_ascend import AscendBackend
+from hetero_attn_ascend import AscendBackend, limits
 from hetero_attn_ascend.launcher import DeviceLauncher, version_reasons
+from hetero_attn_ascend.lengths import on_host
 
-from hetero_attn import registry
+from hetero_attn import attention_varlen, registry
 from hetero_attn.backend import UnsupportedError
 from hetero_attn.testing.attention import broken_promises, check
 from hetero_attn.testing.attention_cases import attention_cases, full_grid
@@ -108,6 +110,15 @@ OWN_CASES = [
     AttentionCase("mask-per-head", mask="empty rows", mask_axes="1hqk", lse="always", **HALF),
     AttentionCase("many-heads", q_heads=64, kv_heads=1, q_len=3, kv_len=9, **HALF),
     AttentionCase("group-of-70", q_heads=70, kv_heads=1, q_len=3, kv_len=9, is_causal=True, **HALF),
+    AttentionCase("packed-decode-window-nan", sequences=((1, 60), (1, 17)), window_size=(3, -1), poison="nan", **HALF),
+    AttentionCase("packed-decode-window-inf-fp32", sequences=((1, 60), (1, 17), (1, 70)), window_size=(40, 0), poison="inf", lse="always"),
+    AttentionCase("pages-decode-window-nan", sequences=((1, 60), (1, 17), (1, 2)), page_size=16, window_size=(3, -1), poison="nan",
+                  lse="always", **HALF),
+    AttentionCase("odd-pages-decode-window-inf", sequences=((1, 60), (1, 17)), page_size=7, window_size=(3, 0), poison="inf", **HALF),
+    AttentionCase("pages-prefill-window-nan", sequences=((3, 60), (1, 17), (9, 40)), page_size=16, window_size=(3, 0), poison="nan",
+                  **HALF),
+    AttentionCase("dense-decode-window-nan", q_len=1, kv_len=60, window_size=(3, -1), poison="nan", **HALF),
+    AttentionCase("no-batch-padding", batch=0, q_len=3, kv_len=4, mask="padding", mask_axes="qk", **HALF),
     AttentionCase("mixed", sequences=((1, 40), (7, 7), (0, 5), (30, 9), (5, 0)), is_causal=True, window_size=(12, -1), lse="always"),
 ]
 
@@ -130,6 +141,91 @@ def test_every_way_to_call_an_operator_was_taken():
     wanted |= {("fusion", "BNSD", mode) for mode in (1, 4)} | {("fusion", "TND", mode) for mode in (3, 4)}
     assert wanted <= taken, wanted - taken
     assert any(key[0] == "infer" and key[3] for key in ascend_operators.calls)                      # pages as they lie
+
+
+def test_what_lies_outside_the_window_of_a_decode_changes_no_bit():
+    """A key's NaN and a value's Inf far before the window, packed and in pages: the same bits as with numbers there."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 2, 64, generator=generator).half() for n in (1, 60, 60))
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[5], bad_v[7] = float("nan"), float("inf")
+    table, one = torch.arange(4, dtype=torch.int32)[None], torch.tensor([0, 1], dtype=torch.int32)
+    lengths = torch.tensor([60], dtype=torch.int32)
+    paged = lambda x: torch.cat([x, x.new_full((4, 2, 64), 7.0)]).view(4, 16, 2, 64)
+    for window in ((4, 0), (50, -1)):
+        options = {"window_size": window, "backend": NAME}
+        packed, packed_bad = (attention_varlen(q, *kv, one, one * 60, 1, 60, **options) for kv in ((k, v), (bad_k, bad_v)))
+        in_pages = attention_varlen(q, paged(bad_k), paged(bad_v), one, None, 1, 60, block_table=table, seqused_k=lengths, **options)
+        assert torch.equal(packed, packed_bad) and torch.equal(packed, in_pages)
+
+
+# ---- documented bounds: where the backend turns another way, and where the references refuse ------------------------------------------
+
+
+def paged_decode(pages, table, lengths):
+    """The two query heads of each sequence over the pages by the backend: which ways to call an operator it took."""
+    before = Counter(ascend_operators.calls)
+    q = torch.randn(len(lengths), 2, 64).half()
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    attention_varlen(q, pages, pages, starts, None, 1, max(lengths), block_table=torch.tensor(table, dtype=torch.int32),
+                     seqused_k=torch.tensor(lengths, dtype=torch.int32), backend=NAME)
+    return {key[0] for key in ascend_operators.calls - before}
+
+
+def test_sequences_that_share_pages_are_gathered():
+    """The operator wants as many blocks in the pool as all sequences have together: a shared prefix breaks that."""
+    assert paged_decode(torch.randn(1, 128, 2, 64).half(), [[0], [0], [0]], [100, 90, 80]) == {"fusion"}
+    assert paged_decode(torch.randn(3, 128, 2, 64).half(), [[0], [0], [0]], [100, 90, 80]) == {"infer"}
+
+
+def test_a_pool_beyond_int32_is_gathered(monkeypatch):
+    pages = torch.randn(2, 16, 2, 64).half()
+    monkeypatch.setattr(limits, "MAX_POOL", pages.numel() - 1)
+    monkeypatch.setitem(ascend_operators.bounds, "pool", pages.numel() - 1)
+    assert paged_decode(pages, [[0], [1]], [10, 16]) == {"fusion"}
+
+
+def test_more_packed_tokens_and_sequences_than_a_call_takes_are_several_calls(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_PACKED_TOKENS", 70)
+    monkeypatch.setattr(limits, "MAX_PACKED_SEQUENCES", 3)
+    monkeypatch.setitem(ascend_operators.bounds, "T", 70)
+    monkeypatch.setitem(ascend_operators.bounds, "sequences", 3)
+    lengths = ((5, 60), (7, 11), (0, 9), (30, 30), (30, 60), (1, 1), (2, 2), (3, 3), (4, 4))
+    for options in ({"is_causal": True}, {"window_size": (6, 1), "poison": "nan"}, {"page_size": 16}):
+        before = ascend_operators.calls.total()
+        check(AttentionCase("many", sequences=lengths, lse="always", **options), NAME)
+        assert ascend_operators.calls.total() - before >= 5
+
+
+@pytest.mark.parametrize("bound, words, call", [
+    ("S at one query", "S 33 at Sq 1", lambda npu, x: npu.npu_fused_infer_attention_score(
+        x[:, :, :1].contiguous(), x, x, num_heads=2, input_layout="BNSD")),
+    ("S", "S 33 at Sq 33", lambda npu, x: npu.npu_fused_infer_attention_score(x, x, x, num_heads=2, input_layout="BNSD")),
+    ("S of fusion", "S 33", lambda npu, x: npu.npu_fusion_attention(x, x, x, 2, "BNSD")),
+    ("T", "T 33", lambda npu, x: npu.npu_fusion_attention(*[x[0].transpose(0, 1).contiguous()] * 3, 2, "TND", actual_seq_qlen=[33],
+                                                          actual_seq_kvlen=[33])),
+    ("sequences", "too many", lambda npu, x: npu.npu_fusion_attention(
+        *[x[0].transpose(0, 1).contiguous()] * 3, 2, "TND", actual_seq_qlen=list(range(1, 34)), actual_seq_kvlen=list(range(1, 34)))),
+])
+def test_references_hold_the_documented_lengths(bound, words, call, monkeypatch):
+    npu, x = EmulatedLauncher().load(), torch.ones(1, 2, 33, 16, dtype=torch.float16)
+    call(npu, x)
+    monkeypatch.setitem(ascend_operators.bounds, bound, 32)
+    with pytest.raises(Refused, match=words):
+        call(npu, x)
+
+
+def test_lengths_are_read_once_while_they_stay(monkeypatch):
+    read, lengths = [], torch.tensor([3, 5], dtype=torch.int32)
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(1) or tolist(x))
+    assert on_host(lengths) == on_host(lengths) == [3, 5] and len(read) == 1
+    lengths += 1                                                    # as a decode loop writes them
+    assert on_host(lengths) == [4, 6] and len(read) == 2
+    assert on_host(lengths.clone()) == [4, 6] and len(read) == 3
+    with torch.inference_mode():
+        uncounted = torch.tensor([1])
+        assert on_host(uncounted) == on_host(uncounted) == [1] and len(read) == 5
 
 
 # ---- negative controls: the fault in the translation, and a case that must show it --------------------------------------------

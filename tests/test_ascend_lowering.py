@@ -4,6 +4,7 @@ Beyond Linalg lies bishengir, which comes with CANN and is absent; what it makes
 """
 
 import os
+import subprocess
 from itertools import product
 
 import pytest
@@ -16,11 +17,12 @@ compiler = pytest.importorskip("triton.backends.ascend.compiler", reason="this t
 
 import triton.language as tl  # noqa: E402
 from hetero_attn_ascend.chip import Chip  # noqa: E402
-from hetero_attn_ascend.tiling import Problem, kernel_blocks  # noqa: E402
+from hetero_attn_ascend.kernel_tiling import compiler_options  # noqa: E402
+from hetero_attn_ascend.planner import kernel_tiles  # noqa: E402
+from hetero_attn_ascend.tiling import Problem  # noqa: E402
 from hetero_attn_ascend.two_level_kernel import two_level_attention  # noqa: E402
 
 from hetero_attn.profile import load_profile  # noqa: E402
-from hetero_attn.testing.attention_cases import full_grid  # noqa: E402
 
 POINTERS = {"Q": None, "K": None, "V": None, "OUT": None, "LSE": "*fp32", "SLOPES": "*fp32", "SINKS": "*fp32", "MASK": None,
             "TILING": "*i8", "TABLE": "*i32", "TASKS": "*i32", "CORE_STARTS": "*i32", "Q_BASES": "*i64", "K_BASES": "*i64",
@@ -77,17 +79,44 @@ def test_every_dtype_lowers(dtype):
     assert "linalg.matmul" in lowered(constants(HAS_RIGHT=True), dtype)
 
 
-@pytest.mark.skipif(not full_grid(), reason="HETERO_ATTN_FULL=1 lowers every combination")
 @pytest.mark.parametrize("flags", product((False, True), repeat=len(FLAGS)), ids=str)
 def test_every_combination_lowers(flags):
     assert "linalg.matmul" in lowered(constants(**dict(zip(FLAGS, flags))), "fp16")
 
 
-def test_blocks_of_the_plan_lower():
-    chip = Chip.of(load_profile("ascend910b"))
-    problem = Problem(1, 8, 32, 4096, 4096, 128, 128, 2, -1, 0, False)
-    block_m, block_n = kernel_blocks(chip, problem)
-    assert "linalg.matmul" in lowered(constants(HAS_RIGHT=True, BLOCK_M=block_m, BLOCK_N=block_n), "fp16")
+CHIP = Chip.of(load_profile("ascend910b"))
+CALLS = {"D 128": (4096, 128, 2), "D 64": (4096, 64, 2), "D 256": (4096, 256, 2), "fp32": (4096, 128, 4), "short": (100, 128, 2)}
+
+
+@pytest.mark.parametrize("length, head_dim, element", CALLS.values(), ids=CALLS)
+def test_blocks_of_the_plan_lower(length, head_dim, element):
+    """The kernel at the level-1 blocks that it is launched with."""
+    plan = kernel_tiles(CHIP, Problem(1, 8, 32, length, length, head_dim, head_dim, element, -1, 0, False))
+    text = lowered(constants(HAS_RIGHT=True, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_D=plan.padded_k, BLOCK_V=plan.padded_v),
+                   {2: "fp16", 4: "fp32"}[element])
+    assert f"tensor<{plan.block_m}x{plan.block_n}xf32>" in text and text.count("linalg.matmul") >= 2
+
+
+def test_level_2_reaches_the_compiler(tmp_path, monkeypatch):
+    """triton-ascend's own options take the plan's numbers, and its last stage hands them to bishengir, which a script stands for here."""
+    plan = kernel_tiles(CHIP, Problem(1, 32, 32, 4096, 4096, 128, 128, 2, -1, 0, False))
+    backend = triton.compiler.make_backend(compiler.GPUTarget("npu", os.environ["TRITON_ASCEND_ARCH"], 0))
+    options = backend.parse_options(compiler_options(plan))
+    assert {name: getattr(options, name) for name in compiler_options(plan)} == compiler_options(plan)
+    told = tmp_path / "told"
+    script = tmp_path / "bishengir-compile"
+    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {told}\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(compiler, "_get_npucompiler_path", lambda: str(script))
+    monkeypatch.setattr(compiler, "NPUUtils", lambda: type("Utils", (), {"get_arch": lambda self: "Ascend910B3"})(), raising=False)
+    metadata = {"hash": "test", **options.__dict__}
+    text = lowered(constants(HAS_RIGHT=True, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n), "fp16")
+    with pytest.raises(subprocess.CalledProcessError):
+        compiler.linalg_to_bin_enable_npu_compile_A2_A3(text, metadata, options)
+    said = told.read_text().split()
+    for wanted in ("--tile-mix-cube-loop=4", "--tile-mix-vector-loop=4", "--set-workspace-multibuffer=2",
+                   "--limit-auto-multi-buffer-only-for-local-buffer=False"):
+        assert wanted in said, said
 
 
 @triton.jit

@@ -16,15 +16,19 @@ import torch
 from hetero_attn_ascend import schedule_model, tiling_mask
 from hetero_attn_ascend.chip import Chip, MissingNumbers
 from hetero_attn_ascend.core_model import BufferOverflow, Core, Ring
-from hetero_attn_ascend.schedule_model import count, estimate, run_head
-from hetero_attn_ascend.tiling import Problem, Tiling, one_level_tiles, two_level_tiles
+from hetero_attn_ascend.kernel_launch import TwoLevelKernel
+from hetero_attn_ascend.kernel_tiling import LOOPS, compiler_options
+from hetero_attn_ascend.planner import kernel_tiles, one_level_tiles, two_level_tiles
+from hetero_attn_ascend.schedule_model import HAND_OVER_US, count, estimate, run_head
+from hetero_attn_ascend.tiling import MIN_VECTOR_ROWS, Problem, Tiling
 from hetero_attn_ascend.tiling_mask import NOTHING, WHOLE, block_edges, side, visible
 from hetero_attn_ascend.tiling_report import TilingReport
 
+from hetero_attn import registry
 from hetero_attn.cli import main
 from hetero_attn.profile import load_profile
 from hetero_attn.reference import reference_attention
-from hetero_attn.spec import AttentionSpec
+from hetero_attn.spec import AttentionSpec, Operands
 from hetero_attn.testing.attention_cases import full_grid
 from hetero_attn.testing.tolerances import mismatch
 
@@ -50,7 +54,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("levels", [two_level_tiles, one_level_tiles])
+SEARCHES = (two_level_tiles, one_level_tiles, kernel_tiles)
+
+
+@pytest.mark.parametrize("levels", SEARCHES)
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("call", SHAPES.values(), ids=SHAPES)
 def test_the_model_computes_attention_within_the_buffers(call, chip, levels):
@@ -77,6 +84,37 @@ def test_a_full_call_takes_every_byte_that_the_planner_says():
     """Where every ring is filled twice, the model's peak is the planner's figure exactly."""
     plan = two_level_tiles(CHIPS["ascend910b"], Problem.of(spec(1024, 4096, 128)))
     assert dict(count(plan).peak) == plan.buffers
+
+
+@pytest.mark.parametrize("levels", SEARCHES)
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("call", [*SHAPES.values(), spec(4096, 4096, 128, is_causal=True, q_heads=32, kv_heads=8), spec(900, 900, 64, 250),
+                                  spec(1500, 1500, 128, 200, window_size=(700, 100)), spec(4000, 4000, 64, is_causal=True)], ids=str)
+def test_closed_forms_are_what_the_model_counts(call, chip, levels):
+    """The planner chooses by numbers that it has not run for: those that the model counts while it runs."""
+    plan = levels(chip, Problem.of(call))
+    counts = count(plan)
+    assert plan.work == (counts.hand_overs, counts.cube_flops, counts.vector_ops, counts.global_bytes)
+
+
+def test_weights_are_read_once_a_tile_of_features():
+    """Dv wider than tile_n: the closed form once forgot it."""
+    plan = two_level_tiles(CHIPS["ascend910b"], Problem.of(spec(512, 512, 64, 256)))
+    narrow = replace(plan, tile_n=64, block_n=plan.block_n - plan.block_n % 64)
+    counts = count(narrow)
+    assert counts.bytes_moved["GM>L1"] > 4 * 512 * 512 * 2 * 8 and narrow.traffic() == counts.global_bytes
+
+
+def test_the_model_chooses():
+    """Of plans with about the fewest hand-overs none is quicker by the model; these five were, when hand-overs alone decided."""
+    forced = (("ascend910a", 32768, 128, (256, 1024, 128, 256, 64)), ("ascend910a", 65536, 128, (256, 1024, 128, 256, 64)),
+              ("ascend910b", 8192, 128, (384, 512, 128, 128, 128)), ("ascend910b", 32768, 64, (640, 896, 128, 128, 64)),
+              ("ascend910b", 1024, 64, (512, 1024, 128, 128, 64)))
+    for name, length, head_dim, sizes in forced:
+        problem = Problem.of(spec(length, length, head_dim, q_heads=32, kv_heads=32, is_causal=True))
+        plan, other = two_level_tiles(CHIPS[name], problem), Tiling(CHIPS[name], problem, *sizes, MIN_VECTOR_ROWS)
+        seconds = [estimate(each, each.work, HAND_OVER_US).total_ms for each in (plan, other)]
+        assert other.fits and (seconds[0] <= seconds[1] or other.busiest_core() > 1.1 * plan.busiest_core()), (name, length, head_dim)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
@@ -119,11 +157,12 @@ def test_tasks_are_split_evenly_and_completely(call):
 @hypothesis.settings(max_examples=2000 if full_grid() else 120, deadline=None, derandomize=not full_grid(), database=None)
 @hypothesis.given(q_len=st.integers(1, 9000), kv_len=st.integers(0, 70000), head_dim=st.integers(1, 256), v_head_dim=st.integers(1, 256),
                   group=st.integers(1, 8), causal=st.booleans(), left=st.sampled_from((-1, 0, 100, 4000)),
-                  dtype=st.sampled_from((torch.float16, torch.float32)), chip=st.sampled_from(list(CHIPS.values())))
-def test_every_plan_fits_and_covers_what_is_seen(q_len, kv_len, head_dim, v_head_dim, group, causal, left, dtype, chip):
+                  dtype=st.sampled_from((torch.float16, torch.float32)), chip=st.sampled_from(list(CHIPS.values())),
+                  levels=st.sampled_from(SEARCHES))
+def test_every_plan_fits_and_covers_what_is_seen(q_len, kv_len, head_dim, v_head_dim, group, causal, left, dtype, chip, levels):
     problem = Problem.of(spec(q_len, kv_len, head_dim, v_head_dim, q_heads=2 * group, kv_heads=2, is_causal=causal, window_size=(left, -1),
                               dtype=dtype))
-    plan = two_level_tiles(chip, problem)
+    plan = levels(chip, problem)
     assert plan.fits and plan.block_m % plan.tile_m == 0 and plan.block_n % plan.tile_n == 0
     assert all(size % 16 == 0 for size in (plan.tile_m, plan.tile_n, plan.tile_k)) and plan.vector_rows <= max(8, plan.tile_m)
     for block in {0, plan.row_blocks // 2, plan.row_blocks - 1}:
@@ -157,15 +196,15 @@ def test_memory_of_the_mask():
     assert plan.full_mask_bytes == 4 * 2**30 and plan.mask_bytes == side(plan.tile_m, plan.tile_n) ** 2 <= 2**20
 
 
-def test_the_planner_is_not_content_with_less(monkeypatch):
-    """No wider or higher block of the same tiles would fit and give the busiest core fewer hand-overs."""
+def test_the_planner_is_not_content_with_less():
+    """No wider or higher block of the same tiles would fit and give the busiest core a tenth fewer hand-overs."""
     for chip in CHIPS.values():
         for call in (spec(4096, 4096, 128, q_heads=32, kv_heads=32), spec(8192, 8192, 64, is_causal=True)):
             plan = two_level_tiles(chip, Problem.of(call))
             for block_m in range(plan.tile_m, 1024 + 1, plan.tile_m):
                 for block_n in range(plan.tile_n, 4096 + 1, plan.tile_n):
                     other = replace(plan, block_m=block_m, block_n=block_n, vector_rows=8)
-                    assert not other.fits or other.busiest_core() >= plan.busiest_core()
+                    assert not other.fits or 1.1 * other.busiest_core() >= plan.busiest_core()
 
 
 # ---- negative controls: faults that the model must catch ----------------------------------------------------------------------------
@@ -254,11 +293,116 @@ def test_missing_numbers_are_named():
         two_level_tiles(CHIPS["ascend910b"], Problem.of(spec(10, 10, 4096)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_one_level_fits_where_two_do(chip, head_dim, dtype):
+    problem = Problem.of(spec(4096, 4096, head_dim, q_heads=32, is_causal=True, dtype=dtype))
+    assert one_level_tiles(chip, problem).fits and two_level_tiles(chip, problem).fits and kernel_tiles(chip, problem).fits
+
+
+def test_what_cannot_be_planned_is_named():
+    with pytest.raises(ValueError, match="dtype is float64, Ascend's units have float32, float16 and bfloat16; cast to float32"):
+        Problem.of(spec(8, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"hardware.vector_units is 50 beside hardware.units 24, expected a multiple of it"):
+        Chip.of(load_profile("ascend910b", sets=["hardware.vector_units=50"]))
+
+
+def test_nothing_to_do_hands_nothing_over():
+    for levels in SEARCHES:
+        plan = levels(CHIPS["ascend910b"], Problem.of(spec(64, 5000, batch=0)))
+        assert plan.hand_overs() == plan.busiest_core() == plan.traffic() == 0
+
+
+def test_the_kernel_has_two_levels():
+    """On the 910B our kernel's block is several tiles, as the compiler is told, and there are that many fewer hand-overs."""
+    for length in (1024, 4096, 32768):
+        problem = Problem.of(spec(length, length, 128, q_heads=32, kv_heads=32))
+        plan, one = kernel_tiles(CHIPS["ascend910b"], problem), one_level_tiles(CHIPS["ascend910b"], problem)
+        assert (plan.block_m, plan.block_n) == (128, 512) and (plan.tile_m, plan.tile_n) == (128, 128)
+        assert one.hand_overs() == 4 * plan.hand_overs()
+        assert compiler_options(plan) == {
+            "multibuffer": True, "limit_auto_multi_buffer_only_for_local_buffer": False, "set_workspace_multibuffer": 2,
+            "tile_mix_cube_loop": 4, "tile_mix_vector_loop": 4}
+
+
+@hypothesis.settings(max_examples=500 if full_grid() else 60, deadline=None, derandomize=not full_grid(), database=None)
+@hypothesis.given(q_len=st.integers(1, 9000), kv_len=st.integers(1, 70000), head_dim=st.integers(1, 256), v_head_dim=st.integers(1, 256),
+                  group=st.integers(1, 8), dtype=st.sampled_from((torch.float16, torch.float32)))
+def test_the_kernels_plan_is_one_that_triton_and_the_compiler_take(q_len, kv_len, head_dim, v_head_dim, group, dtype):
+    call = spec(q_len, kv_len, head_dim, v_head_dim, q_heads=2 * group, kv_heads=2, dtype=dtype)
+    plan = kernel_tiles(CHIPS["ascend910b"], Problem.of(call))
+    assert all(size >= 16 and size & (size - 1) == 0 for size in (plan.block_m, plan.block_n, plan.padded_k, plan.padded_v))
+    assert plan.cube_loop in LOOPS and plan.vector_loop in LOOPS and plan.padded_k >= head_dim and plan.padded_v >= v_head_dim
+
+
+def test_the_kernels_blocks_are_counted_as_it_walks_them():
+    """From the multiple of its width at or before the window's left edge, as two_level_kernel.py does."""
+    problem = Problem.of(spec(1024, 4096, 128, is_causal=True, window_size=(700, -1)))
+    plan = kernel_tiles(CHIPS["ascend910b"], problem)
+    for block, steps in enumerate(plan.steps()):
+        first = block * plan.block_m
+        low, high = problem.keys_of(first, min(plan.block_m, problem.rows - first))
+        assert steps == len(range(low - low % plan.block_n, high, plan.block_n)) == len(plan.blocks_of(block))
+
+
+class Launches:
+    """In the Triton kernel's place: what it would have been launched with."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **named: setattr(self, "named", named)
+
+
+LAUNCHED = {
+    "prefill": spec(700, 700, 128, is_causal=True, softcap=20.0), "wide": spec(40, 3000, 256, softcap=20.0),
+    "decode": spec(1, 3000, 128, q_heads=32, kv_heads=8, softcap=20.0), "odd": spec(65, 130, 72, 40, softcap=20.0),
+    "fp32": spec(300, 900, 64, softcap=20.0, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("call", LAUNCHED.values(), ids=LAUNCHED)
+def test_what_explain_shows_is_what_is_launched(call, capsys):
+    launches = Launches()
+    shapes = ((call.q_heads, call.q_len, call.head_dim), (call.kv_heads, call.kv_len, call.head_dim),
+              (call.kv_heads, call.kv_len, call.v_head_dim))
+    q, k, v = (torch.zeros(call.batch, *shape, dtype=call.dtype) for shape in shapes)
+    TwoLevelKernel(CHIPS["ascend910b"], kernel=lambda: launches, options=compiler_options).attention(q, k, v, call, Operands())
+    sizes = lambda *numbers: ",".join(map(str, numbers))
+    command = ["explain", "--q", sizes(call.batch, call.q_heads, call.q_len, call.head_dim), "--softcap", "20", "--tiling", "--json",
+               "--kv", sizes(call.batch, call.kv_heads, call.kv_len, call.head_dim), "--v-dim", str(call.v_head_dim),
+               "--dtype", str(call.dtype).removeprefix("torch."), "--profile", "ascend910b", *["--causal"] * call.is_causal]
+    main(command)
+    shown = json.loads(capsys.readouterr().out)["tiling"]["ascend"]
+    assert shown["level_1"] == [launches.named["BLOCK_M"], launches.named["BLOCK_N"]] and not shown["by_operators"]
+    assert shown["compiler_options"] == {name: launches.named[name] for name in shown["compiler_options"]}
+    assert launches.named["tile_mix_cube_loop"] == shown["level_1"][0] * shown["level_1"][1] // (shown["level_2"][0] * shown["level_2"][1])
+
+
+def test_only_the_device_is_given_compiler_options(monkeypatch):
+    """The interpreter and other compilers do not know them."""
+    from hetero_attn_ascend import kernel_route
+
+    call, launches = LAUNCHED["prefill"], Launches()
+    q = torch.zeros(1, 8, 700, 128, dtype=torch.float16)
+    TwoLevelKernel(CHIPS["ascend910b"], kernel=lambda: launches).attention(q, q, q, call, Operands())
+    assert not any("loop" in name for name in launches.named)
+    made = kernel_route.make_kernel()
+    made._kernel = lambda: launches
+    made.attention(q, q, q, call, Operands())
+    assert launches.named["tile_mix_cube_loop"] == 4
+
+
 def test_report_says_what_limits():
-    report = TilingReport.of(CHIPS["ascend910b"], Problem.of(spec(4096, 4096, 128, q_heads=32, kv_heads=32, is_causal=True)))
-    text = str(report)
-    assert "would overflow L1" in text and "hand-overs" in text and "verified: none" in text and "in place of 16 MiB" in text
-    assert "a block holds all keys already" in str(TilingReport.of(CHIPS["ascend910a"], Problem.of(spec(64, 100))))
+    call = spec(4096, 4096, 128, q_heads=32, kv_heads=32, is_causal=True)
+    text = str(TilingReport.of(CHIPS["ascend910b"], Problem.of(call)))
+    assert "128 rows x 512 keys" in text and "tile_mix_cube_loop=4" in text and "our own kernel serves this call" in text
+    assert "twice the keys would need more than four level-2 tiles" in text and "hand-overs" in text
+    assert "verified: none" in text and "in place of 16 MiB" in text
+    assert any("twice the keys would overflow L1 (" in each for each in TilingReport.of(CHIPS["ascend910b"], Problem.of(
+        spec(4096, 4096, 256))).limits())
+    assert "a block holds all keys already" in str(TilingReport.of(CHIPS["ascend910b"], Problem.of(spec(64, 100))))
+    assert "goes to torch_npu's fused operators" in str(registry.find("ascend").tiling(call, load_profile("ascend910b")))
+    assert "our own kernel serves" in str(registry.find("ascend").tiling(replace(call, softcap=30.0), load_profile("ascend910b")))
 
 
 def test_explain_tiling(capsys):
@@ -267,13 +411,15 @@ def test_explain_tiling(capsys):
     assert "tiling by ascend" in capsys.readouterr().out
     main([*call, "--profile", "ascend910a", "--json"])
     tiling = json.loads(capsys.readouterr().out)["tiling"]["ascend"]
-    assert tiling["chip"] == "ascend910a" and tiling["hand_overs"] * 4 <= tiling["one_level"]["hand_overs"]
+    assert tiling["chip"] == "ascend910a" and tiling["free"]["hand_overs"] * 4 <= tiling["one_level"]["hand_overs"]
     assert main([*call, "--profile", "ascend910b", "--backend", "sdpa"]) == 2
     assert "sdpa plans no tiles" in capsys.readouterr().err
     main([*call, "--profile", "cpu"])
     assert "'cpu' does not state hardware.matrix_shape" in capsys.readouterr().out
     main([*call, "--profile", "ascend910b", "--set", "hardware.l1_bytes=null"])
     assert "does not state hardware.l1_bytes" in capsys.readouterr().out
+    main([*call[:6], "float64", *call[7:], "--profile", "ascend910b"])
+    assert "dtype is float64, Ascend's units have" in capsys.readouterr().out
 
 
 def test_the_benchmark_runs():

@@ -1,12 +1,15 @@
 """Ascend NPUs: torch_npu's fused operators where they express a call, our own two-level kernel in Triton for the rest.
 
 `limits` says what the operators take, `sparse` puts causality and windows into their words, `operators` spells the calls, `calls` makes an
-attention of them, `launcher` finds torch_npu. `chip`, `tiling` and `tiling_mask` plan two-level tiling, `two_level_kernel` and
-`kernel_launch` do it in Triton, `core_model` and `schedule_model` execute a plan on a model of a core. `hccl` fuses product and all-reduce.
+attention of them, `launcher` finds torch_npu. `chip`, `tiling` and `tiling_mask` say what two-level tiling is, `planner` chooses a plan by
+the model of a core that `core_model` and `schedule_model` execute; `kernel_tiling`, `kernel_launch` and `two_level_kernel` do it in Triton.
+`hccl` fuses product and all-reduce.
 Nothing here has run on an NPU: the operators' schemas and the kernel's lowering are the real ones, the device is not.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 
@@ -29,7 +32,7 @@ class AscendBackend(Backend):
     """launcher: where torch_npu comes from and which tensors it takes; tests put an emulated one here. Constructing imports nothing."""
 
     name = "ascend"
-    judges_lengths = True                   # packed tokens and batches have bounds
+    judges_lengths = True                   # lengths and batches have bounds
 
     def __init__(self, launcher: DeviceLauncher | None = None) -> None:
         self._launcher = launcher or DeviceLauncher()
@@ -37,6 +40,7 @@ class AscendBackend(Backend):
         self._kernel_reasons: list[str] | None = None
         self._operators: Operators | None = None
         self._kernel: TwoLevelKernel | None = None
+        self.served: Counter[str] = Counter()               # which way calls went; `make npu-check` shows it
 
     def unavailable_reasons(self) -> list[str]:
         if self._reasons is None:
@@ -67,13 +71,12 @@ class AscendBackend(Backend):
         else:
             if spec.sinks:
                 remarks.append("sinks join after the operator, by its lse")
-            if spec.page_size and (spec.q_len > 1 or limits.pages(spec)):
-                why = "several queries a sequence" if not limits.pages(spec) else limits.pages(spec)[0]
-                remarks.append(f"keys are gathered from their pages first: {why}")
+            if spec.page_size and limits.pages(spec):
+                remarks.append(f"keys are gathered from their pages first: {limits.pages(spec)[-1 if spec.q_len > 1 else 0]}")
             elif spec.varlen or limits.infer(spec):
                 remarks.append("through npu_fusion_attention" + ("" if spec.varlen else f": {limits.infer(spec)[0]}"))
         if spec.varlen:
-            remarks.append("lengths are read back to the host: they are needed as lists there")
+            remarks.append("lengths are read back to the host, once for tensors that stay as they are: they are needed as lists there")
         return remarks
 
     def attention(
@@ -82,9 +85,11 @@ class AscendBackend(Backend):
         if operator_reasons(spec):
             if self._kernel is None:
                 self._kernel = self._launcher.make_kernel()
+            self.served["by our two-level kernel"] += 1
             return self._kernel.attention(q, k, v, spec, operands)
         if self._operators is None:
             self._operators = Operators(self._launcher.load(), CompressedMask())
+        self.served["by the fused operators"] += 1
         return self._operators.attention(q, k, v, spec, operands)
 
     def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
@@ -92,7 +97,7 @@ class AscendBackend(Backend):
         return hccl_communicator(base, profile, self._launcher)
 
     def tiling(self, spec: AttentionSpec, profile: DeviceProfile) -> TilingReport:
-        return TilingReport.of(Chip.of(profile), Problem.of(spec))
+        return TilingReport.of(Chip.of(profile), Problem.of(spec), by_operators=not operator_reasons(spec))
 
 
 def operator_reasons(spec: AttentionSpec) -> list[str]:

@@ -1,8 +1,8 @@
 """An attention call as calls of the operators: which one, on which rows, and what is put right around them.
 
 Rows that see no key are taken off beforehand (the operators average over masked keys there) and come back as zeros; rows that a boolean
-mask empties are put right afterwards; NaN and Inf in keys that some rows do not see are kept from those rows; sinks join by the lse.
-Packed lengths are needed on the host, because the operators take them as lists: on an NPU reading them waits for the device.
+mask empties are put right afterwards; keys that no row sees are never handed over, and NaN and Inf in keys that only some rows see are kept
+from the others; sinks join by the lse. The operators take packed lengths as lists, so those are read back to the host (lengths.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 
 from hetero_attn.spec import AttentionSpec, Operands
 from hetero_attn_ascend import limits, operators
+from hetero_attn_ascend.lengths import on_host
 from hetero_attn_ascend.pages import gathered
-from hetero_attn_ascend.sparse import MASK, WHOLE, CompressedMask, Sparse, full_mask, rows_without_keys, sparse_of
+from hetero_attn_ascend.sparse import MASK, WHOLE, CompressedMask, Sparse, full_mask, keys_in_reach, rows_without_keys, sparse_of
 from hetero_attn_ascend.visibility import finite, finite_packed
 
 NEG_INF = float("-inf")
 Result = tuple[torch.Tensor, torch.Tensor | None]
+Piece = tuple[int, int, int, int]               # first row, last row + 1, first key, last key + 1 of a packed sequence
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Operators:
         """As Backend.attention. spec has no softcap, ALiBi or float mask (limits.both)."""
         if spec.varlen:
             out, lse = self._paged(q, k, v, spec, operands) if spec.page_size else self._packed(
-                q, k, v, spec, operands.cu_seqlens_q.tolist(), operands.cu_seqlens_k.tolist())
+                q, k, v, spec, on_host(operands.cu_seqlens_q), on_host(operands.cu_seqlens_k))
         else:
             out, lse = self._dense(q, k, v, spec, operands.attn_mask)
         if operands.sinks is not None:
@@ -80,24 +82,26 @@ class Operators:
         """out [Tq, Hq, Dv], lse [Tq, Hq] or None. Sequences without rows that see a key are left out of the operator's call."""
         want_lse = spec.return_lse or spec.sinks
         whole, whole_lse = _nothing(q, v.shape[-1], q.shape[0], spec, head_axis=1, packed=True)
-        pieces = []                                                 # (first row, last row, first key, last key) + 1
+        pieces: list[Piece] = []
         for b in range(len(q_starts) - 1):
             q_len, kv_len = q_starts[b + 1] - q_starts[b], kv_starts[b + 1] - kv_starts[b]
             first = rows_without_keys(spec, q_len, kv_len)
             if first < q_len:
-                pieces.append((q_starts[b] + first, q_starts[b + 1], kv_starts[b], kv_starts[b + 1]))
+                end = kv_starts[b + 1]
+                pieces.append((q_starts[b] + first, q_starts[b + 1], max(kv_starts[b], end - keys_in_reach(spec, q_len - first)), end))
         if not pieces or not v.numel():
             return whole, whole_lse
         if spec.rows_differ:
             k, v, tainted = finite_packed(spec, q, k, v, pieces)
-        rows, keys = ([(piece[i], piece[i + 1]) for piece in pieces] for i in (0, 2))
         # One mode for all: what does not matter at the longest lengths matters at none.
-        sparse = sparse_of(spec, max(r1 - r0 for r0, r1 in rows), max(k1 - k0 for k0, k1 in keys))
-        out, lse = operators.fusion(
-            self.npu, _taken(q, rows), _taken(k, keys), _taken(v, keys), spec.scale, sparse, self.compressed, None, want_lse,
-            q_ends=_ends(rows), kv_ends=_ends(keys),
-        )
-        whole, whole_lse = _put(whole, out, rows), None if lse is None else _put(whole_lse, lse, rows)
+        sparse = sparse_of(spec, max(r1 - r0 for r0, r1, _, _ in pieces), max(k1 - k0 for _, _, k0, k1 in pieces))
+        for group in _groups(pieces):
+            rows, keys = ([(piece[i], piece[i + 1]) for piece in group] for i in (0, 2))
+            out, lse = operators.fusion(
+                self.npu, _taken(q, rows), _taken(k, keys), _taken(v, keys), spec.scale, sparse, self.compressed, None, want_lse,
+                q_ends=_ends(rows), kv_ends=_ends(keys),
+            )
+            whole, whole_lse = _put(whole, out, rows), None if lse is None else _put(whole_lse, lse, rows)
         if spec.rows_differ:
             whole = whole.masked_fill(tainted[..., None], float("nan"))
             whole_lse = None if whole_lse is None else whole_lse.masked_fill(tainted, float("nan"))
@@ -105,11 +109,15 @@ class Operators:
 
     def _paged(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands) -> Result:
         """out [Tq, Hq, Dv], lse [Tq, Hq] or None: decode on the pages as they lie, everything else on keys gathered from them."""
-        q_starts, kv_lens = operands.cu_seqlens_q.tolist(), operands.seqused_k.tolist()
+        q_starts, kv_lens = on_host(operands.cu_seqlens_q), on_host(operands.seqused_k)
         one_each = q_starts == list(range(len(q_starts)))           # a query a sequence
-        if one_each and kv_lens and min(kv_lens) > 0 and q.shape[0] and spec.q_len == 1 and not limits.pages(spec):
-            return self._decode(q, k, v, spec, operands.block_table, kv_lens)
-        k, v, starts = gathered(k, v, operands.block_table, kv_lens, spec.page_size)
+        if one_each and kv_lens and min(kv_lens) > 0 and q.shape[0] and spec.q_len == 1:
+            # At one query the operator ignores windows, and a mask would still let a NaN of a masked key through.
+            in_window = max(kv_lens) <= keys_in_reach(spec, 1)
+            if in_window and not limits.pages(spec) and not limits.page_pool(k, kv_lens, spec.page_size):
+                return self._decode(q, k, v, spec, operands.block_table, kv_lens)
+        shown = [min(n, keys_in_reach(spec, r1 - r0)) for n, (r0, r1) in zip(kv_lens, pairwise(q_starts))]
+        k, v, starts = gathered(k, v, operands.block_table, kv_lens, spec.page_size, shown)
         return self._packed(q, k, v, spec, q_starts, starts)
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, block_table: torch.Tensor,
@@ -117,16 +125,12 @@ class Operators:
         blocks = -(-max(kv_lens) // spec.page_size)
         used = torch.tensor([-(-length // spec.page_size) for length in kv_lens], device=q.device)
         table = block_table[:, :blocks].masked_fill(torch.arange(blocks, device=q.device) >= used[:, None], 0).contiguous()
-        sparse, mask, left = Sparse(WHOLE), None, spec.window_size[0]
-        if 0 <= left < max(kv_lens) - 1:                            # at one query the operator ignores pre_tokens: say it by a mask
-            key = torch.arange(blocks * spec.page_size, device=q.device)
-            last = torch.tensor(kv_lens, device=q.device)[:, None] - 1
-            sparse, mask = Sparse(MASK), (key < last - left)[:, None, None].contiguous()            # [B, 1, 1, blocks * page_size]
         out, lse = operators.infer(
-            self.npu, q[:, :, None], k, v, spec.scale, sparse, self.compressed, mask, spec.return_lse or spec.sinks,
+            self.npu, q[:, :, None], k, v, spec.scale, Sparse(WHOLE), self.compressed, None, spec.return_lse or spec.sinks,
             block_table=table, q_lens=[1] * len(kv_lens), kv_lens=kv_lens, page_size=spec.page_size,
         )
         return out[:, :, 0], None if lse is None else lse[:, :, 0]
+
 
 def _for(call: Any, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
     """A mask in a shape that the operator documents: infer [B, 1, Sq, Skv] or [1, 1, Sq, Skv]; fusion also [B, Hq, Sq, Skv]."""
@@ -137,8 +141,7 @@ def _for(call: Any, mask: torch.Tensor | None, batch: int) -> torch.Tensor | Non
 
 def _window_of_one(spec: AttentionSpec, x: torch.Tensor) -> torch.Tensor:
     """The keys that the last position sees: at one query the operators ignore sparse modes, so the window is cut here."""
-    left = spec.window_size[0]
-    return x[:, :, max(0, x.shape[2] - 1 - left) :] if left >= 0 else x
+    return x[:, :, max(0, x.shape[2] - keys_in_reach(spec, 1)) :]
 
 
 def _nothing(q: torch.Tensor, v_head_dim: int, rows: int, spec: AttentionSpec, head_axis: int, packed: bool = False) -> Result:
@@ -161,6 +164,20 @@ def _taken(x: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
     if all(a[1] == b[0] for a, b in pairwise(pieces)):
         return x[pieces[0][0] : pieces[-1][1]]
     return torch.cat([x[start:end] for start, end in pieces])
+
+
+def _groups(pieces: list[Piece]) -> list[list[Piece]]:
+    """The pieces in as few calls as the operator's bounds on packed rows, keys and sequences allow."""
+    groups, rows, keys = [], 0, 0
+    for piece in pieces:
+        r, k = piece[1] - piece[0], piece[3] - piece[2]
+        full = not groups or len(groups[-1]) == limits.MAX_PACKED_SEQUENCES
+        if full or max(rows + r, keys + k) > limits.MAX_PACKED_TOKENS:
+            groups.append([])
+            rows = keys = 0
+        groups[-1].append(piece)
+        rows, keys = rows + r, keys + k
+    return groups
 
 
 def _ends(pieces: list[tuple[int, int]]) -> list[int]:

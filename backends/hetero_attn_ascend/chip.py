@@ -47,15 +47,18 @@ class Chip:
 
     @classmethod
     def of(cls, profile: DeviceProfile) -> Chip:
-        """Raises MissingNumbers."""
+        """Raises MissingNumbers, and ValueError for vector units that the cores cannot share."""
         hardware = profile.hardware
         missing = [name for name in _NEEDED if getattr(hardware, name) is None]
         if missing:
             keys = ", ".join(f"hardware.{name}" for name in missing)
             raise MissingNumbers(f"profile {profile.name!r} does not state {keys}; add them to its YAML or give --set hardware.KEY=VALUE")
-        cores = hardware.units
+        cores, vector_units = hardware.units, hardware.vector_units or hardware.units
+        if vector_units % cores:
+            raise ValueError(f"profile {profile.name!r}: hardware.vector_units is {vector_units} beside hardware.units {cores}, expected a "
+                             "multiple of it: every cube core has as many vector units")
         return cls(
-            name=profile.name, cores=cores, vector_units=max(1, (hardware.vector_units or cores) // cores),
+            name=profile.name, cores=cores, vector_units=vector_units // cores,
             matrix_shape=hardware.matrix_shape,
             capacity=Buffers(hardware.l1_bytes, hardware.l0a_bytes, hardware.l0b_bytes, hardware.l0c_bytes,
                              hardware.ub_bytes - (hardware.ub_reserved_bytes or 0)),

@@ -15,9 +15,12 @@ import torch
 
 from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands, dtype_name
 from hetero_attn_ascend.chip import Chip
+from hetero_attn_ascend.kernel_tiling import KernelTiling
+from hetero_attn_ascend.lengths import on_host
 from hetero_attn_ascend.pages import gathered
-from hetero_attn_ascend.tiling import Problem, even_split, kernel_blocks
-from hetero_attn_ascend.tiling_mask import side, tiling_mask
+from hetero_attn_ascend.planner import kernel_tiles
+from hetero_attn_ascend.tiling import Problem, even_split
+from hetero_attn_ascend.tiling_mask import tiling_mask
 from hetero_attn_ascend.visibility import finite, finite_packed
 
 MAX_HEAD_DIM = 256
@@ -45,10 +48,12 @@ class Sequences:
 
 class TwoLevelKernel:
     """chip: whose buffers and cores the blocks are planned for. upcast: products in fp32 whatever the dtype (the interpreter's bf16
-    products are wrong). kernel: () -> the Triton kernel; tests may hand in another."""
+    products are wrong). kernel: () -> the Triton kernel; tests may hand in another. options: a plan -> the compiler's options for its
+    launch, which other compilers and the interpreter do not take."""
 
-    def __init__(self, chip: Chip, *, upcast: Callable[[torch.dtype], bool] = lambda dtype: False, kernel: Callable[[], Any] | None = None):
-        self._chip, self._upcast = chip, upcast
+    def __init__(self, chip: Chip, *, upcast: Callable[[torch.dtype], bool] = lambda dtype: False,
+                 kernel: Callable[[], Any] | None = None, options: Callable[[KernelTiling], dict[str, Any]] = lambda plan: {}) -> None:
+        self._chip, self._upcast, self._options = chip, upcast, options
         self._kernel = kernel or _import_kernel
         self._masks: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -58,16 +63,16 @@ class TwoLevelKernel:
         """As Backend.attention, for a spec that unsupported() has nothing against."""
         Hq, Dv = spec.q_heads, v.shape[-1]
         if spec.varlen:
-            starts = operands.cu_seqlens_q.tolist()
+            starts = on_host(operands.cu_seqlens_q)
             q_lens = [b - a for a, b in pairwise(starts)]
             if spec.page_size and not spec.rows_differ:
-                sequences = Sequences(starts[:-1], [0] * len(q_lens), q_lens, operands.seqused_k.tolist())
+                sequences = Sequences(starts[:-1], [0] * len(q_lens), q_lens, on_host(operands.seqused_k))
             else:
                 if spec.page_size:              # rows that see different keys: the guard against NaN wants them packed
-                    k, v, k_starts = gathered(k, v, operands.block_table, operands.seqused_k.tolist(), spec.page_size)
+                    k, v, k_starts = gathered(k, v, operands.block_table, on_host(operands.seqused_k), spec.page_size)
                     spec = replace(spec, page_size=0)
                 else:
-                    k_starts = operands.cu_seqlens_k.tolist()
+                    k_starts = on_host(operands.cu_seqlens_k)
                 sequences = Sequences(starts[:-1], k_starts[:-1], q_lens, [b - a for a, b in pairwise(k_starts)])
             out, lse = q.new_zeros(q.shape[0], Hq, Dv), q.new_full((Hq, q.shape[0]), float("-inf"), dtype=torch.float32)
         else:
@@ -102,9 +107,10 @@ class TwoLevelKernel:
             v_head_dim=v.shape[-1], element=q.element_size(), left=spec.window_size[0],
             right=0 if spec.is_causal else spec.window_size[1], folded=folded,
         )
-        block_m, block_n = kernel_blocks(self._chip, problem)
+        plan = kernel_tiles(self._chip, problem)
+        block_m, block_n = plan.block_m, plan.block_n
         tasks, core_starts = self._tasks(problem, sequences, block_m, block_n)
-        mask = self._mask(q.device, side(block_m, block_n))
+        mask = self._mask(q.device, plan.mask_side)
         attn_mask, mask_kind, mask_strides = _mask_of(operands.attn_mask, folded)
         slopes = operands.alibi_slopes
         lens = [spec.group_size if folded else n for n in sequences.q_lens]
@@ -136,7 +142,8 @@ class TwoLevelKernel:
             q.shape[-1], v.shape[-1],
             HAS_LEFT=problem.left >= 0, HAS_RIGHT=problem.right >= 0 and not folded, HAS_SOFTCAP=bool(spec.softcap),
             HAS_ALIBI=slopes is not None, HAS_SINKS=operands.sinks is not None, MASK_KIND=mask_kind, PAGED=paged,
-            UPCAST=self._upcast(q.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=_power(q.shape[-1]), BLOCK_V=_power(v.shape[-1]),
+            UPCAST=self._upcast(q.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=plan.padded_k, BLOCK_V=plan.padded_v,
+            **self._options(plan),
         )
 
     def _tasks(self, problem: Problem, sequences: Sequences, block_m: int, block_n: int) -> tuple[list[int], list[int]]:
@@ -174,11 +181,6 @@ def _mask_of(mask: torch.Tensor | None, folded: bool) -> tuple[torch.Tensor | No
     kind = 1 if mask.dtype == torch.bool else 2
     mask = mask.view(torch.int8) if kind == 1 else mask if mask.dtype in (torch.float32, torch.float16, torch.bfloat16) else mask.float()
     return mask, kind, tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
-
-
-def _power(size: int) -> int:
-    """The next power of two, 16 at least: what tl.dot wants of its depth."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _import_kernel() -> Any:

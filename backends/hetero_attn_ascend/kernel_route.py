@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 
 import torch
 
 from hetero_attn.profile import ProfileError, load_profile
 from hetero_attn_ascend.chip import Chip
 from hetero_attn_ascend.kernel_launch import TwoLevelKernel
+from hetero_attn_ascend.kernel_tiling import compiler_options
 
 LEAST = (3, 2)                              # triton-ascend 3.2.0 is what the kernel is lowered with in the tests
 PLANNED_FOR = "ascend910b"                  # where the device's own profile cannot be told
@@ -22,18 +24,18 @@ def kernel_reasons() -> list[str]:
     found = _version("triton-ascend")
     if not found:
         return ["our own kernel would serve it, but triton-ascend is not installed; pip install triton-ascend==3.2.0"]
-    if tuple(int(part) for part in found.split(".")[:2]) < LEAST:
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < LEAST:                  # of "3.2rc1" too
         return [f"our own kernel would serve it, but triton-ascend is {found}, expected 3.2.0 or later"]
     return []
 
 
 def make_kernel() -> TwoLevelKernel:
-    """Planned for the chip that is here."""
+    """Planned for the chip that is here, with the options that tell triton-ascend's compiler of level 2."""
     try:
-        profile = load_profile(None, device="npu" if hasattr(torch, "npu") and torch.npu.is_available() else None)
-        return TwoLevelKernel(Chip.of(profile))
+        chip = Chip.of(load_profile(None, device="npu" if hasattr(torch, "npu") and torch.npu.is_available() else None))
     except (ProfileError, ValueError):
-        return TwoLevelKernel(Chip.of(load_profile(PLANNED_FOR)))
+        chip = Chip.of(load_profile(PLANNED_FOR))
+    return TwoLevelKernel(chip, options=compiler_options)
 
 
 def _version(package: str) -> str:

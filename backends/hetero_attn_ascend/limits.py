@@ -4,6 +4,9 @@ Two operators serve. `npu_fused_infer_attention_score` (here: infer) is the one 
 or bf16 and head dimensions of 16s. `npu_fusion_attention` (here: fusion) is documented for training, takes fp32, any head dimension and
 packed sequences of any kind, and gives the softmax's maximum and sum in place of an lse. Each function returns what stands against one of
 them: value, bound and remedy; an empty list means that the operator takes the call.
+
+NOTE: fusion's documentation says both that key and value have one shape and that value's head dimension may be smaller ("Dk >= Dv"). The
+second is taken at its word, as its meta kernel does; wider values go in with q and k padded. M there is 2**20: 20M is printed as 20971520.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ FUSION_MAX_HEAD_DIM = 768
 MAX_HEADS = 256
 MAX_GROUP = 64
 MAX_BATCH = 65536
-PAGE_STEP_DECODE, PAGE_STEP_PREFILL, MAX_PAGE = 16, 128, 512
+PAGE_STEP, MAX_PAGE = 16, 512               # of decode
 MAX_PAGE_ROW = 65535                        # numbers of one token in pages of [blocks, block, Hkv * D]
-MAX_PACKED_TOKENS = 1 << 20
-MAX_PACKED_SEQUENCES = 1024
+DECODE_MAX_KEYS, INFER_MAX_LENGTH = 262144, 20 << 20                # S at one query, and at several
+MAX_POOL = 2**31 - 1                        # numbers in the key pages together, and in the value pages
+FUSION_MAX_LENGTH, FUSION_MAX_BATCH = 1 << 20, 2 << 20
+MAX_PACKED_TOKENS, MAX_PACKED_SEQUENCES = 1 << 20, 1024             # of one call; calls.py makes several where there are more
 
 
 def both(spec: AttentionSpec) -> list[str]:
@@ -50,21 +55,37 @@ def infer(spec: AttentionSpec) -> list[str]:
         objections.append(f"{spec.group_size} query heads share a key/value head, npu_fused_infer_attention_score takes up to {MAX_GROUP}")
     if spec.batch > MAX_BATCH:
         objections.append(f"batch is {spec.batch}, npu_fused_infer_attention_score takes up to {MAX_BATCH}")
+    longest = max(spec.q_len, spec.kv_len)
+    if longest > (DECODE_MAX_KEYS if spec.q_len == 1 else INFER_MAX_LENGTH):
+        kind, bound = ("one query", DECODE_MAX_KEYS) if spec.q_len == 1 else ("several queries", INFER_MAX_LENGTH)
+        objections.append(f"the sequence is {longest} long, npu_fused_infer_attention_score takes up to {bound} at {kind}")
     return objections
 
 
 def pages(spec: AttentionSpec) -> list[str]:
     """Against handing pages to npu_fused_infer_attention_score as they lie; they are gathered into packed keys otherwise."""
     objections = infer(spec)
-    step = PAGE_STEP_DECODE if spec.q_len == 1 else PAGE_STEP_PREFILL
-    if spec.page_size % step or spec.page_size > MAX_PAGE:
-        kind = "decode" if spec.q_len == 1 else "prefill"
-        objections.append(f"pages hold {spec.page_size} tokens, the operator's {kind} takes multiples of {step} up to {MAX_PAGE}; "
+    if spec.q_len > 1:
+        # Packed queries (TND) are documented without pages; padded ones would have to be copied out and back.
+        return [*objections, f"several queries a sequence (up to {spec.q_len}), the operator reads pages as they lie at one"]
+    if spec.page_size % PAGE_STEP or spec.page_size > MAX_PAGE:
+        objections.append(f"pages hold {spec.page_size} tokens, the operator's decode takes multiples of {PAGE_STEP} up to {MAX_PAGE}; "
                           "set kv_block_size: 128")
     if spec.kv_heads * spec.head_dim > MAX_PAGE_ROW:
         objections.append(f"a token's keys are {spec.kv_heads * spec.head_dim} numbers, the operator's pages take up to {MAX_PAGE_ROW}")
-    if spec.windowed and spec.q_len > 1:
-        objections.append(f"window {spec.window_size} over pages of several queries a sequence")
+    if 0 <= spec.window_size[0] < spec.kv_len - 1:
+        objections.append(f"window {spec.window_size} over {spec.kv_len} keys, the operator's decode has none; only its keys are copied")
+    return objections
+
+
+def page_pool(pages: torch.Tensor, kv_lens: list[int], page_size: int) -> list[str]:
+    """What of the pool itself stands against reading it where it lies. pages [num_blocks, page_size, Hkv, D]."""
+    objections = []
+    if pages.numel() > MAX_POOL:
+        objections.append(f"the pages hold {pages.numel()} numbers, the operator takes up to {MAX_POOL}")
+    wanted = sum(-(-length // page_size) for length in kv_lens)
+    if pages.shape[0] < wanted:                                     # sequences share pages of a common prefix
+        objections.append(f"the sequences have {wanted} blocks, the pool {pages.shape[0]}, and the operator wants as many")
     return objections
 
 
@@ -76,8 +97,9 @@ def fusion(spec: AttentionSpec) -> list[str]:
     widest = max(spec.head_dim, spec.v_head_dim)
     if widest > FUSION_MAX_HEAD_DIM:
         objections.append(f"head_dim is {widest}, npu_fusion_attention takes up to {FUSION_MAX_HEAD_DIM}")
-    if spec.varlen and spec.total_q > MAX_PACKED_TOKENS:
-        objections.append(f"{spec.total_q} packed tokens, npu_fusion_attention takes up to {MAX_PACKED_TOKENS}; split the batch")
-    if spec.varlen and spec.batch > MAX_PACKED_SEQUENCES:
-        objections.append(f"{spec.batch} packed sequences, npu_fusion_attention takes up to {MAX_PACKED_SEQUENCES}; split the batch")
+    longest = max(spec.q_len, spec.kv_len)
+    if longest > FUSION_MAX_LENGTH:
+        objections.append(f"the sequence is {longest} long, npu_fusion_attention takes up to {FUSION_MAX_LENGTH}")
+    if not spec.varlen and spec.batch > FUSION_MAX_BATCH:
+        objections.append(f"batch is {spec.batch}, npu_fusion_attention takes up to {FUSION_MAX_BATCH}; split the batch")
     return objections

@@ -18,12 +18,10 @@ import torch
 
 from hetero_attn_ascend.chip import Chip
 from hetero_attn_ascend.core_model import Core, Counts, Piece, Ring
-from hetero_attn_ascend.tiling import FP32, Tiling
+from hetero_attn_ascend.tiling import FP32, MASK_PASSES, SOFTMAX_PASSES, UPDATE_PASSES, Tiling, Work
 from hetero_attn_ascend.tiling_mask import NOTHING, WHOLE, Window, block_edges, side, tiling_mask, visible
 
-SOFTMAX_PASSES = 6                      # scale, row maximum, subtract, exp, row sum, round: vector operations a score
-MASK_PASSES = 1                         # select, for a score of a tile that an edge crosses
-UPDATE_PASSES = 2                       # rescale and add, for a number of the output
+HAND_OVER_US = 1.0                      # what one wait between Cube and Vector costs: assumed, nobody has published it
 NEG_INF = float("-inf")
 DTYPES = {2: torch.float16, 4: torch.float32}
 
@@ -318,8 +316,8 @@ class Estimate:
         return max(busy, default=0.0) + self.hand_overs_ms
 
 
-def estimate(plan: Tiling, counts: Counts, hand_over_us: float) -> Estimate:
-    """hand_over_us: what one wait between Cube and Vector costs. Nobody has published it: it is an assumption."""
+def estimate(plan: Tiling, counts: Counts | Work, hand_over_us: float) -> Estimate:
+    """counts: the model's, or the plan's closed forms. hand_over_us: what one wait between Cube and Vector costs."""
     chip, problem = plan.chip, plan.problem
     features = (problem.head_dim + problem.v_head_dim) * problem.element
     once = problem.batch * features * (problem.heads * problem.rows + problem.kv_heads * problem.kv_len)

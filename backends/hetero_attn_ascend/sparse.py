@@ -48,6 +48,12 @@ def rows_without_keys(spec: AttentionSpec, q_len: int, kv_len: int) -> int:
     return 0 if right < 0 else max(0, min(q_len, q_len - kv_len - right))
 
 
+def keys_in_reach(spec: AttentionSpec, q_len: int) -> int:
+    """How many keys, from the last one back, at least one of the last q_len queries may see by the window's left edge."""
+    left = spec.window_size[0]
+    return ALL if left < 0 else q_len + left
+
+
 class CompressedMask:
     """The 2048 x 2048 mask, made once a device."""
 

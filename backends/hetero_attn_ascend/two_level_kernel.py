@@ -1,9 +1,10 @@
 """The two-level attention kernel in Triton, kept to what triton-ascend 3.2.0 compiles. Imported only where it is launched.
 
-One program a core works through its list of tasks (a sequence, a head, a block of rows), as tiling.py assigns them. The Triton tile is the
-level-1 block, BLOCK_M x BLOCK_N: its scores, weights and output are what cross between Cube and Vector; the compiler cuts each tl.dot for
-L0 (level 2). Causality and windows come from the one tiling-mask (tiling_mask.py), loaded only by blocks that an edge crosses; comparing
-index matrices would run on the scalar unit. `kernel_launch.py` makes the tables; the definition is hetero_attn/reference.py.
+One program a core works through its list of tasks (a sequence, a head, a block of rows), as kernel_launch.py assigns them. The Triton tile
+is the level-1 block, BLOCK_M x BLOCK_N as planner.kernel_tiles chooses them: its scores, weights and output are what cross between Cube
+and Vector. Level 2 is not written here: how many products and softmax pieces a block is cut into goes to bishengir as launch options
+(kernel_tiling.py says why, and what nobody has seen yet). Causality and windows come from the one tiling-mask (tiling_mask.py), loaded only
+by blocks that an edge crosses; comparing index matrices would run on the scalar unit. The definition is hetero_attn/reference.py.
 """
 
 import triton

@@ -3,11 +3,13 @@
 Profiles may differ between ranks and a cut must not, so rank 0's settings go to all. `auto` needs costs: the overlay's, which
 `hetero-attn tune --schedule` wrote, or a second's measurement when the model is loaded, where something can be gained at all: between
 hosts, or on devices. Ranks that share a host's processors have none to spare for a transfer, and stay plain; so do models whose weights
-are streamed, which every part of the rows would load anew.
+are streamed, which every part of the rows would load anew. A device that has product and sum as one operator tiles them by itself: there
+`auto` cuts nothing, and where that operator does not take this group or dtype, it tiles.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +26,8 @@ from hetero_attn.parallel.schedule_cut import ProductTiles
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.profile_overlap import MOST_PARTS
 
+log = logging.getLogger("hetero_attn")
+
 
 def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     """The schedule of a loaded decoder. All ranks call this together. Raises ValueError for damaged costs in rank 0's overlay."""
@@ -33,10 +37,18 @@ def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     overlap = profile.overlap
     own = {"schedule": profile.schedule, "codec": profile.codec, "places": asdict(places_of(decoder, profile)), "tiles": overlap.tiles,
            "parts": overlap.parts and min(overlap.parts, MOST_PARTS), "measured": overlap.measured, "pair_ns": overlap.pair_ns,
-           "efficiency": overlap.efficiency, "ctas": [overlap.attention_ctas, overlap.mlp_ctas]}
+           "efficiency": overlap.efficiency, "ctas": [overlap.attention_ctas, overlap.mlp_ctas],
+           # Of a mixture of experts only attention's product could be fused: its other sums have none before them.
+           "fused": None if decoder.config.experts else communicator.fused_linear_reasons(decoder.dtype)}
     asked = share_json(communicator, own)
     if communicator.cta_choices:                                                     # the same on every rank
         communicator.use_ctas(*asked["ctas"])
+    if asked["schedule"] == "auto" and asked["fused"] is not None:
+        if not asked["fused"]:
+            return Schedule()
+        if communicator.rank == 0:
+            log.info("schedule: tiled, because the device's product with all-reduce does not serve: %s", "; ".join(asked["fused"]))
+        asked["schedule"] = Tiled.name
     costs = from_settings(asked["measured"], asked["pair_ns"], asked["efficiency"])
     routes = codec_routes(communicator, asked["codec"])
     if costs is None and asked["schedule"] == "auto" and worth_measuring(communicator):

@@ -285,9 +285,9 @@ def _mask(case: AttentionCase, random: torch.Generator) -> torch.Tensor:
     if case.mask == "nothing":
         return torch.zeros(shape, dtype=torch.bool)
     if case.mask == "padding":          # left padding, as a batch of unequal prompts has it, longer in later rows of the batch
-        seen = (torch.arange(case.kv_len) >= 5 * torch.arange(case.batch)[:, None])[:, None, None]
-        seen = seen.expand(case.batch, case.q_heads, case.q_len, case.kv_len)
-        axes = tuple(slice(0, 1) if letter == "1" else slice(None) for letter in case.mask_axes)
+        most = [max(1, sizes[axis]) for axis in "bhq"]              # what is left out of the axes must have a last one to be taken
+        seen = (torch.arange(case.kv_len) >= 5 * torch.arange(most[0])[:, None])[:, None, None].expand(*most, case.kv_len)
+        axes = tuple(slice(0, sizes[letter]) for letter in case.mask_axes)
         return seen[(-1,) * (4 - len(axes)) + axes].clone()
     thirds = torch.zeros(shape, dtype=torch.bool)
     row_axis = case.mask_axes.find("q") if "q" in case.mask_axes else case.mask_axes.find("b")

@@ -63,11 +63,11 @@ def laid_out(values: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Ten
         memory = values.transpose(0, -1).contiguous()
         return memory.transpose(0, -1), memory
     if layout == "offset":
-        memory = torch.zeros(values.numel() + 5, dtype=values.dtype)
+        memory = torch.zeros(values.numel() + 5, dtype=values.dtype, device=values.device)
         x = memory[3 : 3 + values.numel()].view(values.shape)
         return x.copy_(values), memory
     if layout == "strided" and values.dim() >= 1:
-        memory = torch.zeros(*values.shape[:-1], 2 * values.shape[-1] + 1, dtype=values.dtype)
+        memory = torch.zeros(*values.shape[:-1], 2 * values.shape[-1] + 1, dtype=values.dtype, device=values.device)
         x = memory[..., 1::2]
         return x.copy_(values), memory
     memory = values.clone()
@@ -95,7 +95,7 @@ def _cases() -> list[CollectiveCase]:
         cases += [CollectiveCase("broadcast", dtype, shape, "contiguous", "0") for shape in ((), (0, 3), (6,), (300, 300))]
     for dtype in FLOATS:
         for variant in ("no bias", "bias on rank 0", "bias everywhere"):
-            for shape in ((5, 8), (1, 0), (0, 4), (2, 3, 4)):
+            for shape in ((5, 8), (1, 0), (0, 4), (2, 3, 4), (24, 8)):          # the last: rows enough for a fused operator
                 cases.append(CollectiveCase("linear_all_reduce", dtype, shape, "contiguous", variant))
         for variant in ("llama", "gemma", "gemma with post norm", "llama with post norm"):
             for rows in (1, 2, 7, 64):

@@ -67,8 +67,8 @@ def norm_weights(case: CollectiveCase) -> tuple[torch.Tensor, torch.Tensor | Non
 
 def call(communicator: Communicator, case: CollectiveCase, *, started: bool) -> tuple[tuple[torch.Tensor, ...], str | None]:
     """Make the call on fresh inputs; (results, what was written that should not have been)."""
-    rank, site = communicator.rank, "layers.0.o_proj"
-    x, memory = laid_out(case.x(rank), case.layout)
+    rank, site, device = communicator.rank, "layers.0.o_proj", communicator.device
+    x, memory = laid_out(case.x(rank).to(device), case.layout)
     before = memory.clone()
     run: Callable[..., Any] = getattr(communicator, f"start_{case.operation}" if started else case.operation)
     finish = (lambda handle: handle.wait()) if started else (lambda result: result)
@@ -79,12 +79,13 @@ def call(communicator: Communicator, case: CollectiveCase, *, started: bool) -> 
     elif case.operation == "broadcast":
         results = (finish(run(x, int(case.variant) % communicator.world_size)),)
     elif case.operation == "linear_all_reduce":
-        bias = case.values("bias", 0, (OUT_FEATURES,))
+        bias = case.values("bias", 0, (OUT_FEATURES,)).to(device)
         given = case.variant == "bias everywhere" or (case.variant == "bias on rank 0" and rank == 0)
-        results = (finish(run(x, weight_of(case, rank), bias if given else None, site=site)),)
+        results = (finish(run(x, weight_of(case, rank).to(device), bias if given else None, site=site)),)
     elif case.operation == "all_reduce_rms_norm":
         weight, post_weight, offset = norm_weights(case)
-        residual, _ = laid_out(case.values("residual", 0, case.shape)[communicator.rows(case.shape[0])], case.layout)
+        weight, post_weight = weight.to(device), None if post_weight is None else post_weight.to(device)
+        residual, _ = laid_out(case.values("residual", 0, case.shape)[communicator.rows(case.shape[0])].to(device), case.layout)
         results = finish(run(x, residual, weight, EPS, site=site, weight_offset=offset, post_weight=post_weight))
         if results[1].data_ptr() != residual.data_ptr():
             return results, "residual_shard was not updated in place"
@@ -95,7 +96,7 @@ def call(communicator: Communicator, case: CollectiveCase, *, started: bool) -> 
     if case.operation in ("all_reduce", "broadcast"):
         if results[0] is not x:
             return results, "returned another tensor than x"
-        outside = torch.ones(memory.shape, dtype=torch.bool)
+        outside = torch.ones(memory.shape, dtype=torch.bool, device=device)
         outside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
         return results, None if torch.equal(memory[outside], before[outside]) else "memory around x was written"
     return results, None if torch.equal(memory, before) else "x was written"
@@ -107,6 +108,7 @@ def check_case(communicator: Communicator, case: CollectiveCase) -> tuple[str | 
     digests = []
     for started in (False, True) if case.operation in STARTABLE else (False,):
         results, complaint = call(communicator, case, started=started)
+        results = tuple(result.cpu() for result in results)
         form = "start_" if started else ""
         if complaint:
             return f"{form}{case.operation}: {complaint}", ""

@@ -19,6 +19,7 @@ from hetero_attn.parallel.launch import run_ranks
 from hetero_attn.profile import load_profile
 
 VARIABLE = "HETERO_ATTN_TEST_COMMUNICATORS"
+DEVICE_VARIABLE = "HETERO_ATTN_TEST_DEVICE"
 
 
 class Outcome(NamedTuple):
@@ -51,10 +52,11 @@ def make_communicator(name: str, timeout_s: float = 30.0) -> Communicator:
     """The communicator of that name and nothing else, in a rank. Raises CommunicatorError with the reasons against it.
 
     'distributed-star' is the one over torch.distributed with every collective by that algorithm; likewise the others' names.
+    Tensors live on the CPU, or on HETERO_ATTN_TEST_DEVICE.
     """
     name, _, algorithm = name.partition("-") if name.startswith(f"{BASE}-") else (name, "", "")
     profile = dataclasses.replace(load_profile("cpu"), communicators=(name,), algorithm=algorithm or "auto")
-    return init_communicator(profile, timeout_s=timeout_s)
+    return init_communicator(profile, timeout_s=timeout_s, device=os.environ.get(DEVICE_VARIABLE) or None)
 
 
 def communicators() -> list[str]:
