@@ -26,8 +26,7 @@ from overlap.model import Shape  # noqa: E402
 
 from hetero_attn.parallel.launch import run_ranks  # noqa: E402
 
-SHARED = "shared memory"
-LINKS = {SHARED: None, "1 Gbit/s": 1000.0, "300 Mbit/s": 300.0}
+LINKS = {report.SHARED: None, "1 Gbit/s": 1000.0, "300 Mbit/s": 300.0}
 ALL = (cell.NO_COMM, *report.FIXED, "auto")
 MIXED = (4, 256, 512)                                # sequences that decode, their past, and the prompt beside them
 
@@ -69,7 +68,7 @@ def on_link(link: str, fn: Any, args: tuple) -> Any:
 def main() -> int:
     asked = arguments()
     if any(LINKS[link] for link in asked.links) and not asked.report_only and (reason := unavailable()):
-        print(f"overlap: only {SHARED} can be had here: {reason}", file=sys.stderr)
+        print(f"overlap: only {report.SHARED} can be had here: {reason}", file=sys.stderr)
         return 3
     started = time.perf_counter()
 
