@@ -42,7 +42,7 @@ def measure(job: Job) -> dict[str, Any]:
     with init_communicator(profile) as communicator:
         decoder = random_decoder(job.shape, communicator, profile)
         began = time.perf_counter()
-        costs = measure_costs(decoder, COST_ROWS, repeats=3)
+        costs = measure_costs(decoder, COST_ROWS)
         took = time.perf_counter() - began
         places = places_of(decoder, profile)
         made: dict[str, Schedule] = {

@@ -55,9 +55,12 @@ def _cell(layer: RowParallelLinear, x: torch.Tensor, rounds: int) -> list[dict[s
                 times[name].append(seconds)
     middle = {name: median(own) for name, own in times.items()}
     least = min(middle["product"], middle["sum"])
+    def hidden(name: str, cut: Cut) -> float:
+        return (middle["plain"] - middle[name]) / (least * (1 - 1 / len(cut.tiles[0]))) if cut.overlaps else 0.0
+
     return [{
         "rows": count, "tiles": name, "cut": str(cut), "product_s": middle["product"], "sum_s": middle["sum"], "plain_s": middle["plain"],
-        "tiled_s": middle[name], "hidden": (middle["plain"] - middle[name]) / (least * (1 - 1 / len(cut.tiles[0]))) if cut.overlaps else 0.0,
+        "tiled_s": middle[name], "hidden": hidden(name, cut),
     } for name, cut in cuts.items()]
 
 

@@ -135,10 +135,11 @@ class Decoder(nn.Module):
             elif isinstance(module, RMSNorm):
                 module.rms_norm = backend.rms_norm
 
-    def new_cache(self, max_tokens: int, max_sequences: int) -> PagedCache:
-        """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences."""
+    def new_cache(self, max_tokens: int, max_sequences: int, layers: int | None = None) -> PagedCache:
+        """An empty cache that holds max_tokens tokens of all layers, or so many, however they are spread over up to max_sequences
+        sequences."""
         return PagedCache(
-            layers=self.config.layers,
+            layers=self.config.layers if layers is None else layers,
             num_blocks=PagedCache.blocks_for(max_tokens, max_sequences, self.kv_block_size),
             block_size=self.kv_block_size,
             kv_heads=len(self.partition.kv_heads),

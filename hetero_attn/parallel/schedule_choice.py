@@ -16,8 +16,7 @@ from hetero_attn.parallel.schedule_order import PRODUCT, SUM, Cut, simulate
 from hetero_attn.profile_overlap import MOST_PARTS
 
 TILES = (2, 3, 4, 6, 8, 12)                          # numbers of tiles that are considered
-ENOUGH = 0.05                                        # of several numbers of tiles the fewest that comes so near the best: each costs a little that the
-                                                     # model does not know
+ENOUGH = 0.05                                        # the fewest tiles that come so near the best: each costs a little that no model knows
 WORTH = 0.03                                         # a cut is taken if it is expected to save so much: the model is no better than that
 REMEMBERED = 512
 
