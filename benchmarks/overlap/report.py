@@ -26,6 +26,7 @@ class Cell:
     cuts: Mapping[str, str]
     seconds: Mapping[str, Sequence[float]]
     simulated: Mapping[str, float]
+    busy: float = 0.0
 
     @property
     def name(self) -> str:
@@ -116,8 +117,10 @@ def markdown(title: str, cells: Sequence[Cell], lines: Sequence[Line], tiled: Se
     names = [name for name in (NO_COMM, *FIXED, "auto") if any(name in cell.seconds for cell in cells)]
     text = ["# Overlap: schedules of a tensor-parallel decoder", "", title, "",
             "Seconds of one step (median of interleaved rounds, slowest of two ranks). Hidden = (plain - it) / min(plain - no comm, "
-            "no comm); in brackets what the simulation of the schedule, with costs measured in the same process, says of both.", "",
-            "| link | model | tokens | share | " + " | ".join(names) + " |", "|" + "---|" * (4 + len(names))]
+            "no comm); in brackets what the simulation of the schedule, with costs measured in the same process, says of both. "
+            "Busy: how much of all processors' time sums alone take; so much of them cannot hide where every processor computes, and the "
+            "simulation knows it.", "",
+            "| link | model | tokens | share | busy | " + " | ".join(names) + " |", "|" + "---|" * (5 + len(names))]
     for cell in cells:
         row = []
         for name in names:
@@ -128,7 +131,7 @@ def markdown(title: str, cells: Sequence[Cell], lines: Sequence[Line], tiled: Se
             else:
                 row.append(f"{cell.time(name):.3f}, {cell.hidden(name):.0%}" +
                            (f" ({cell.simulated[name]:.3f}, {cell.reachable(name):.0%})" if name in cell.simulated else ""))
-        text.append(f"| {cell.link} | {cell.shape} | {cell.name} | {cell.share:.0%} | " + " | ".join(row) + " |")
+        text.append(f"| {cell.link} | {cell.shape} | {cell.name} | {cell.share:.0%} | {cell.busy:.0%} | " + " | ".join(row) + " |")
     if tiled:
         text += ["", "One row-parallel linear with its sum, in tiles (seconds):", "",
                  "| link | rows | product | sum | one after the other | tiles | of | tiled | hidden |", "|" + "---|" * 9]
