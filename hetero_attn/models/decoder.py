@@ -167,8 +167,10 @@ class Decoder(nn.Module):
                 x = layer(x, rotary, step, cache)
             return self.logits(self.norm(x.index_select(0, step.logits_at)))
 
-    def run_cut(self, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache, cut: Cut) -> torch.Tensor:
-        """The step's tokens through all layers in the cut's order -> [T, C] under the final norm."""
+    def run_cut(
+        self, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache, cut: Cut, layers: int | None = None
+    ) -> torch.Tensor:
+        """The step's tokens through all layers, or the first `layers`, in the cut's order -> [T, C] under the norm that follows them."""
         hidden = self.embed.local(step.tokens, step.total_q)
 
         def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
@@ -177,7 +179,8 @@ class Decoder(nn.Module):
             return lambda: self.scaled(arrive())
 
         contexts = [(tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache) for rows in cut.parts]
-        return run_blocks(self.blocks(), self.layers[0].input_norm, embed, contexts, cut, self.communicator, self.recorder)
+        blocks = self.blocks()[: None if layers is None else 2 * layers]
+        return run_blocks(blocks, self.layers[0].input_norm, embed, contexts, cut, self.communicator, self.recorder)
 
     def blocks(self) -> list[Block]:
         """All layers' blocks, in order."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hetero_attn.communicator import Communicator
-from hetero_attn.parallel.schedule import Block, CommunicationLane, run_blocks
+from hetero_attn.parallel.schedule import Block
 from hetero_attn.parallel.schedule_cost import CODED_SUM, KINDS, Costs, Curve
 from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut
 
@@ -157,28 +157,17 @@ def measure_whole_sum(decoder, rows: Sequence[int]) -> dict[int, float]:
 
 
 def time_cuts(decoder, cuts: Mapping[str, Cut], rounds: int, *, layers: int | None = None) -> dict[str, list[float]]:
-    """Seconds of the first `layers` layers (None: all) by each of some cuts of one prompt's T rows: name -> one number a round.
+    """Seconds of the embedding and the first `layers` layers (None: all) by each of some cuts of one prompt's T rows: name -> one number
+    a round.
 
     Contenders take turns, every other round backwards, after a round that does not count.
     """
-    blocks = decoder.blocks()[: None if layers is None else 2 * layers]
-    names = list(cuts)
-    total = cuts[names[0]].total
-    x, (rotary, step, cache) = _hidden(decoder, total), _context(decoder, total, 0)
-    contexts = {
-        name: [(tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache) for rows in cut.parts]
-        for name, cut in cuts.items()
-    }
-    timed = _Timer(decoder)
-
-    def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
-        return lane.start("embed", 0, "all_reduce", x[rows.start : rows.stop].clone(), site=SITE)
-
+    names, timed = list(cuts), _Timer(decoder)
+    rotary, step, cache = _context(decoder, cuts[names[0]].total, 0)
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in names if number % 2 else reversed(names):
-            call = partial(run_blocks, blocks, decoder.layers[0].input_norm, embed, contexts[name], cuts[name], decoder.communicator)
-            seconds = timed(call)
+            seconds = timed(partial(decoder.run_cut, rotary, step, cache, cuts[name], layers))
             if number:
                 found[name].append(seconds)
     return found
@@ -233,7 +222,8 @@ def _context(decoder, count: int, past: int) -> tuple:
         cache.step([sequence], [past])
         for pages in (cache.k[0], cache.v[0]):
             pages.zero_()                            # what was never computed must at least be finite
-    step = cache.step([sequence], [count])
+    tokens = torch.randint(decoder.config.vocab_size, (count,), generator=torch.Generator().manual_seed(count)).to(decoder.device)
+    step = cache.step([sequence], [count], tokens)
     return decoder.rotary(step.positions, decoder.dtype), step, cache
 
 
