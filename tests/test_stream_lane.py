@@ -1,7 +1,7 @@
-"""The communication lane on a device: its order of streams and events, held to happens-before by streams that take down who waits for whom.
+"""The communication lane on a device: its order of streams and events, held to happens-before by stand-ins for streams.
 
-No device is here, so the streams are stand-ins; what is tested (PlanRunner.start, StreamHandle) is the code that devices run. A tensor knows
-where and when it was last written, and whoever reads it on a stream that has not waited for that has found a race.
+No device is here; what is tested (PlanRunner.start, StreamHandle) is the code that devices run, on streams that only take down who waits
+for whom. A tensor knows where and when it was last written: whoever reads it on a stream that has not waited for that has found a race.
 """
 
 import collections
