@@ -72,8 +72,8 @@ bench-cpu: $(VENV)/.bench      ## the cpu backend beside its peers and the machi
 bench-collectives: $(VENV)/.bench  ## collectives beside gloo, OpenMPI and the cost model (6 minutes, accuracy 30 more; BENCH="--without accuracy")
 	$(BIN)/python benchmarks/collectives.py $(BENCH)
 
-bench-overlap: $(VENV)/.bench  ## schedules beside one another on limited links (root only, long; BENCH="--tokens 512 --links '300 Mbit/s'")
-	$(BIN)/python benchmarks/overlap.py --mixed --tiled 512 2048 --trace --write $(BENCH)
+bench-overlap: $(VENV)/.bench  ## schedules beside one another on limited links (root only, half an hour; BENCH="--keep FILE" goes on where it stopped)
+	$(BIN)/python benchmarks/overlap.py --grid --trace --write $(BENCH)
 
 bench-volta-layout: $(VENV)/.dev   ## bank conflicts of the Volta kernels by shared-memory layout, counted on the CPU (a minute)
 	$(BIN)/python benchmarks/volta_layout.py $(BENCH)

@@ -11,9 +11,12 @@ import random
 import torch
 from tiny_families import FAMILIES, SMALL
 
+from hetero_attn.collectives import init_communicator
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.config import ModelConfig
 from hetero_attn.models.decoder import Decoder
+from hetero_attn.models.schedule_setup import make_schedule
+from hetero_attn.parallel.schedule_choice import Given
 from hetero_attn.profile import load_profile
 from hetero_attn.registry import linear_backend
 
@@ -68,3 +71,30 @@ def apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     assert [each.shape for each in found] == [each.shape for each in expected]
     scale = max(each.abs().max().item() for each in expected)
     return max(torch.nan_to_num((a - b).abs(), nan=float("inf")).max().item() for a, b in zip(found, expected)) / scale
+
+
+def auto_on_a_link(tokens: int, hidden: int, ffn: int) -> dict:
+    """One rank of `schedule: auto` with `codec: auto` on the link it finds itself on: what was measured, what a prompt of so many tokens
+    got by it, and how far its logits lie from the plain schedule's with exact sums."""
+    torch.set_num_threads(1)
+    profile = load_profile("cpu", sets=["codec=auto", "schedule=auto", "overlap.min_tokens=64", "overlap.shard_tokens=16"])
+    with init_communicator(profile) as communicator:
+        keys = {"model_type": "llama", "vocab_size": 64, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                "hidden_act": "silu"}
+        decoder = Decoder(ModelConfig.from_keys(keys), communicator, dtype=torch.float32, profile=profile)
+        decoder.use_backend(linear_backend(profile))
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+        schedule = make_schedule(decoder.eval(), profile)
+        decoder.schedule = Given()
+        exact = run_batch(decoder, [0], [tokens])
+        assert not communicator.codecs.traffic.sites, "measured sums are no traffic, and these were exact"
+        decoder.schedule = schedule
+        found = run_batch(decoder, [0], [tokens])
+        cut, coded = schedule.choose([tokens], [tokens]) if schedule.name == "auto" else (None, False)
+        offered = bool(getattr(schedule, "use_codec", None))
+        return {"schedule": schedule.name, "offered": offered, "coded": coded, "cut": str(cut), "settings": schedule.costs.settings(),
+                "pair_ns": schedule.costs.pair_s * 1e9, "efficiency": schedule.costs.efficiency, "apart": apart(found, exact),
+                "sites": sorted(communicator.codecs.traffic.sites), "bits": communicator.codecs.traffic.total().bits_per_value}

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 # What each part may import of the project: itself and what stands on a lower floor.
 FLOORS = [
     {"spec", "environment", "profile_fields", "hardware", "profile_yaml", "profile_detect", "profile", "profile_overlap", "overlay",
-     "profile_schema", "norm", "product", "collective_arguments", "host_memory", "quantity"},
+     "profile_schema", "norm", "product", "collective_arguments", "host_memory", "quantity",
+     "in_flight"},
     {"backend", "communicator", "jit", "cubin", "artifacts", "compiler"},
     {"reference"},
     {"registry"},
@@ -26,7 +27,7 @@ FLOORS = [
 ]
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 BACKENDS_MAY_IMPORT = {"spec", "profile", "backend", "communicator", "jit", "cubin", "artifacts", "environment", "norm", "product",
-                       "collective_arguments"}
+                       "collective_arguments", "in_flight"}
 
 
 def imported_parts(path: Path) -> set[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from hetero_attn import in_flight
 from hetero_attn.jit import BuildError, Kernel
 from hetero_attn_cpu import abi
 from hetero_attn_cpu.codec_calls import CodecCalls
@@ -67,6 +68,9 @@ class Library:
         self._norm = object_.hetero_attn_cpu_rms_norm
         for function in (self._attention, self._linear, self._norm):
             function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int
+        share = object_.hetero_attn_cpu_share_processor
+        share.argtypes, share.restype = (ctypes.c_int32,), None
+        in_flight.watch(share)
 
     def attention(self, packed: bytes) -> None:
         """Run an HaAttention. Raises CallError, and MemoryError."""

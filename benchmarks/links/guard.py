@@ -167,7 +167,7 @@ def configure(name: str, rank: int, settings: Settings, burst: int) -> None:
     """Address, MTU and the sending port's rate (tc tbf) of a rank's interface, which is there."""
     command("ip", "-n", name, "-batch", "-", text=f"""\
 link set lo up
-link set {INTERFACE} mtu {settings.mtu} gso_max_size {settings.piece_bytes} up
+link set {INTERFACE} mtu {settings.mtu} gso_max_size {min(settings.piece_bytes, burst)} up
 addr add {address(rank)}/16 dev {INTERFACE}
 {_route(rank)}
 """)

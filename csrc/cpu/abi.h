@@ -69,6 +69,9 @@ __attribute__((visibility("default"))) int hetero_attn_cpu_attention(const HaAtt
 __attribute__((visibility("default"))) int hetero_attn_cpu_linear(const HaLinear* call);
 __attribute__((visibility("default"))) int hetero_attn_cpu_rms_norm(const HaNorm* call);
 
+// 1: from now on every thread of a loop offers the processor after each item, for other threads of the process wait for messages; 0: no more.
+__attribute__((visibility("default"))) void hetero_attn_cpu_share_processor(int32_t share);
+
 // What this object was built for, e.g. "avx512bf16"; and its layout: which = 0 ABI version, 1 sizeof(HaAttention), 2 sizeof(HaLinear), 3 sizeof(HaNorm).
 __attribute__((visibility("default"))) const char* hetero_attn_cpu_instruction_set(void);
 __attribute__((visibility("default"))) int64_t hetero_attn_cpu_layout(int32_t which);

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hetero_attn import in_flight
 from hetero_attn.communicator import Handle
 
 
@@ -51,6 +52,7 @@ class CommunicationThread:
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         with self._lock:
             self._unfinished += 1
+        in_flight.begin()
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
@@ -75,6 +77,7 @@ class CommunicationThread:
                 result, error = None, caught
             with self._lock:                         # first not busy, then ready: a caller woken by the result may issue at once
                 self._unfinished -= 1
+            in_flight.end()
             if error is None:
                 future.set_result(result)
             else:

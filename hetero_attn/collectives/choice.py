@@ -36,6 +36,15 @@ class Choice:
         """The route of a call. operation: one of OPERATIONS; nbytes: of the whole tensor (all_gather: the result) in `dtype`."""
         return Route()
 
+    @property
+    def coded(self) -> bool:
+        """Whether a call may get a codec."""
+        return False
+
+    def exact(self) -> Choice:
+        """The same algorithms without a codec."""
+        return self
+
     def to_json(self) -> str:
         """What from_json() makes an equal choice of."""
         return json.dumps({"kind": NATIVE})
@@ -51,6 +60,13 @@ class Fixed(Choice):
 
     def pick(self, operation: str, nbytes: int, dtype: torch.dtype, site: str = "") -> Route:
         return self.route
+
+    @property
+    def coded(self) -> bool:
+        return self.route.codec != PLAIN
+
+    def exact(self) -> Choice:
+        return Fixed(Route(self.route.algorithm))
 
     def to_json(self) -> str:
         return json.dumps({"kind": "fixed", "route": list(self.route)})
@@ -75,6 +91,13 @@ class Table(Choice):
         # Rounded to the next power of two by ratio: 2^e·sqrt(2) and above count as 2^(e+1); squares keep it in whole numbers.
         return exponents[min(((nbytes * nbytes).bit_length()) // 2, len(exponents) - 1)] if exponents else Route()
 
+    @property
+    def coded(self) -> bool:
+        return any(route.codec != PLAIN for sizes in self.rows.values() for route in sizes.values())
+
+    def exact(self) -> Choice:
+        return Table({key: {size: Route(route.algorithm) for size, route in sizes.items()} for key, sizes in self.rows.items()})
+
     def to_json(self) -> str:
         rows = [[operation, kind, size, *route] for (operation, kind), sizes in self.rows.items() for size, route in sizes.items()]
         return json.dumps({"kind": "table", "rows": rows})
@@ -88,6 +111,13 @@ class BySite(Choice):
 
     def pick(self, operation: str, nbytes: int, dtype: torch.dtype, site: str = "") -> Route:
         return (self.inside if site in self.sites else self.elsewhere).pick(operation, nbytes, dtype, site)
+
+    @property
+    def coded(self) -> bool:
+        return self.inside.coded or self.elsewhere.coded
+
+    def exact(self) -> Choice:
+        return BySite(self.sites, self.inside.exact(), self.elsewhere.exact())
 
     def to_json(self) -> str:
         parts = [json.loads(each.to_json()) for each in (self.inside, self.elsewhere)]

@@ -40,13 +40,15 @@ def all_reduce(wire: Wire, flat: torch.Tensor) -> Steps:
         yield Pending([first.work])
         total = total + first.payload.view(wide)
         first.release()
-    for partner, arrival in zip(partners, arrivals):
+    for step, (partner, arrival) in enumerate(zip(partners, arrivals), 1):
         work = wire.send(total.view(torch.uint8), partner)
         wire.replenish()
         yield Pending([arrival.work, work])
         theirs = arrival.payload.view(wide)
-        total = total + theirs if rank < partner else theirs + total
+        into = flat if step == len(partners) and flat.dtype == wide else None              # the last sum where it is wanted
+        total = torch.add(*((total, theirs) if rank < partner else (theirs, total)), out=into)
         arrival.release()
-    flat.copy_(total)
+    if total is not flat:
+        flat.copy_(total)
     if first is not None:
         yield Pending([wire.send(flat.view(torch.uint8), beyond)])

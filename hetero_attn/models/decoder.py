@@ -138,20 +138,21 @@ class Decoder(nn.Module):
             elif isinstance(module, RMSNorm):
                 module.rms_norm = backend.rms_norm
 
-    def new_cache(self, max_tokens: int, max_sequences: int) -> PagedCache:
+    def new_cache(self, max_tokens: int, max_sequences: int, layers: int | None = None) -> PagedCache:
         """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences.
 
-        Raises DeviceMemoryError where the device, or the host beside it, has no room for it.
+        Of all layers, or on the device of so many first ones. Raises DeviceMemoryError where the device, or the host beside it, has no
+        room for it.
         """
         num_blocks, placed = PagedCache.blocks_for(max_tokens, max_sequences, self.kv_block_size), {}
-        if self.placing is not None:
+        if self.placing is not None and layers is None:
             placed = self.placing.of_cache(self, num_blocks, max_sequences)
         with self.out_of_memory(max_tokens):
-            return self._cache(num_blocks, max_sequences, placed)
+            return self._cache(self.config.layers if layers is None else layers, num_blocks, max_sequences, placed)
 
-    def _cache(self, num_blocks: int, max_sequences: int, placed: dict[str, Any]) -> PagedCache:
+    def _cache(self, layers: int, num_blocks: int, max_sequences: int, placed: dict[str, Any]) -> PagedCache:
         return PagedCache(
-            layers=self.config.layers,
+            layers=layers,
             num_blocks=num_blocks,
             block_size=self.kv_block_size,
             kv_heads=len(self.partition.kv_heads),
@@ -190,8 +191,10 @@ class Decoder(nn.Module):
                 x = layer(x, rotary, step, cache)
             return self.logits(self.norm(x.index_select(0, step.logits_at)))
 
-    def run_cut(self, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache, cut: Cut) -> torch.Tensor:
-        """The step's tokens through all layers in the cut's order -> [T, C] under the final norm."""
+    def run_cut(
+        self, rotary: tuple[torch.Tensor, torch.Tensor], step: Step, cache: PagedCache, cut: Cut, layers: int | None = None
+    ) -> torch.Tensor:
+        """The step's tokens through all layers, or the first `layers`, in the cut's order -> [T, C] under the norm that follows them."""
         hidden = self.embed.local(step.tokens, step.total_q)
 
         def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
@@ -200,7 +203,8 @@ class Decoder(nn.Module):
             return lambda: self.scaled(arrive())
 
         contexts = [(tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache) for rows in cut.parts]
-        return run_blocks(self.blocks(), self.layers[0].input_norm, embed, contexts, cut, self.communicator, self.recorder)
+        blocks = self.blocks()[: None if layers is None else 2 * layers]
+        return run_blocks(blocks, self.layers[0].input_norm, embed, contexts, cut, self.communicator, self.recorder)
 
     def blocks(self) -> list[Block]:
         """All layers' blocks, in order."""

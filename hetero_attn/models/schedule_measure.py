@@ -1,7 +1,8 @@
 """Timing a loaded model's pieces and sums, and whole steps by given cuts: what the cost model is made of, and what it is checked by.
 
 All ranks measure together and the slowest counts. One layer stands for all: of each piece, the median of a few calls at a few numbers of
-rows, with nothing else going on. Steps run a few layers, and contenders take turns, so that a machine that drifts drifts for all of them.
+rows, with nothing else going on. The calls of one piece lie a whole pass over all of them apart, so that a disturbed second spoils one call
+of many pieces instead of many of one; what still spreads is measured longer. Steps run a few layers, contenders in turns.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 
 from hetero_attn.communicator import Communicator
-from hetero_attn.parallel.schedule import Block, CommunicationLane, run_blocks
+from hetero_attn.parallel.schedule import Block
 from hetero_attn.parallel.schedule_cost import CODED_SUM, KINDS, Costs, Curve
 from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut
 
 QUICK_ROWS = (32, 128, 256)
 THOROUGH_ROWS = (16, 32, 64, 128, 256, 512, 1024)
-REPEATS, LIMIT_S = 5, 0.5                            # calls of a piece, and the seconds after which fewer will do
-EFFICIENCY_ROWS = 256                                # a cut this short, or the longest measured, shows how much of a gain is real
+REPEATS, FEWEST, LIMIT_S = 5, 3, 0.5                 # calls of a piece, and of one that has taken so many seconds in all
+SPREAD = 0.15                                        # of a piece's calls, the middle half against the median: above, REPEATS more
+EFFICIENCY_ROWS, EFFICIENCY_ROUNDS = 256, 5          # a cut this short, or the longest measured, shows how much of a gain is real
+DOUBTFUL = 0.5                                       # less than that is measured twice before it is believed
+LIKENESS = 1.25                                      # a row of many may cost so much more than one of fewer, or both are measured again
 PATIENCE_S = 2.0                                     # no piece is tried at more rows once it takes so long
 SITE = "tune"
 
@@ -32,87 +37,137 @@ def measure_costs(
     decoder, rows: Sequence[int] = THOROUGH_ROWS, *, use_codec: Callable[[bool], None] | None = None, repeats: int = REPEATS
 ) -> Costs:
     """The costs of `decoder`'s blocks and sums at these numbers of rows. use_codec: as Auto has it; with it coded sums are timed too."""
-    layer = decoder.layers[len(decoder.layers) // 2]
-    blocks = layer.blocks(decoder.norm)
-    points: dict[str, list[tuple[int, float]]] = {}
-    pair_s, timed = 0.0, _Timer(decoder, repeats)
+    points = _Points(decoder, use_codec)
     for count in sorted({min(each, decoder.config.context_length // 2 or 1) for each in rows}):
-        took, pair_s = _pieces(decoder, blocks, count, timed)
-        for name, coded in ((SUM, False), (CODED_SUM, True)):
-            if use_codec is not None:
-                use_codec(coded)
-            elif coded:
-                continue
-            took[name] = timed(partial(_sum, decoder.communicator, blocks[0], _hidden(decoder, count)))
-        for name, seconds in took.items():
-            points.setdefault(name, []).append((count, seconds))
-        if max(took.values()) > PATIENCE_S:
+        if points.add(count) > PATIENCE_S:
             break
-    curves = {}
-    for name, own in points.items():
-        if name == f"{KINDS[0]}_{INNER}":            # the pairs of these very measurements are counted apart
-            own = [(count, max(seconds - pair_s * count * (count + 1) / 2, 0.0)) for count, seconds in own]
-        curves[name] = Curve(own)
+    points.settle(repeats)
     if use_codec is not None:
         use_codec(False)
-    costs, count = Costs(curves, pair_s), min(count, EFFICIENCY_ROWS)
-    return replace(costs, efficiency=_efficiency(decoder, costs, count))
+    costs = points.costs()
+    return replace(costs, efficiency=_efficiency(decoder, costs, min(count, EFFICIENCY_ROWS)))
 
 
-def _pieces(decoder, blocks: Sequence[Block], count: int, timed: _Timer) -> tuple[dict[str, float], float]:
-    """Seconds of each piece for `count` rows of a new sequence, and of attention for a query and key more."""
-    hidden, took = _hidden(decoder, count), {}
-    near, far = _context(decoder, count, 0), _context(decoder, count, count)
-    for kind, block in zip(KINDS, blocks):
-        took[f"{kind}_{INNER}"] = timed(partial(block.inner, hidden, near))
-        took[f"{kind}_{PRODUCT}"] = timed(partial(block.product, block.inner(hidden, near)))
-    longer = timed(partial(blocks[0].inner, hidden, far))                   # as many further keys for every row
-    return took, max((longer - took[f"{KINDS[0]}_{INNER}"]) / count**2, 0.0)
+FAR = "attention farther"                            # attention's inner piece with as many keys more for every row
+
+
+class _Points:
+    """A layer's pieces and sums at growing numbers of rows, each with the seconds of its calls so far; all ranks hold the same."""
+
+    def __init__(self, decoder, use_codec: Callable[[bool], None] | None) -> None:
+        self.decoder, self.use_codec, self.timed = decoder, use_codec, _Timer(decoder)
+        self.blocks = decoder.layers[len(decoder.layers) // 2].blocks(decoder.norm)
+        self.calls: dict[tuple[str, int], Callable[[], Any]] = {}
+        self.tries: dict[tuple[str, int], list[float]] = {}
+
+    def add(self, count: int) -> float:
+        """The pieces for `count` rows of a new sequence, each called once after a call that does not count -> the longest one's seconds."""
+        hidden = _hidden(self.decoder, count)
+        near, far = _context(self.decoder, count, 0), _context(self.decoder, count, count)
+        made: dict[str, Callable[[], Any]] = {FAR: partial(self.blocks[0].inner, hidden, far)}
+        for kind, block in zip(KINDS, self.blocks):
+            made[f"{kind}_{INNER}"] = partial(block.inner, hidden, near)
+            with torch.no_grad(), self.decoder.choosing():
+                made[f"{kind}_{PRODUCT}"] = partial(block.product, block.inner(hidden, near))
+        made[SUM] = partial(_sum, self.decoder.communicator, self.blocks[0], hidden)
+        if self.use_codec is not None:
+            made[CODED_SUM] = made[SUM]
+        for name, call in made.items():
+            self.calls[name, count], self.tries[name, count] = call, []
+            self._call(name, count, warm=True)
+        return max(own[-1] for (_, rows), own in self.tries.items() if rows == count)
+
+    def settle(self, repeats: int) -> None:
+        """Pass after pass over all of them until each has its calls; then again those that spread or do not fit their neighbours."""
+        self._passes(list(self.calls), repeats)
+        for doubtful in (self._spread, self._unlike):
+            self._passes(doubtful(), 2 * repeats)
+
+    def costs(self) -> Costs:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for (name, count), tries in self.tries.items():
+            found.setdefault(name, []).append((count, median(tries)))
+        near, far = found[f"{KINDS[0]}_{INNER}"], found.pop(FAR)
+        pair_s = max((far[-1][1] - near[-1][1]) / near[-1][0] ** 2, 0.0)                # by the most rows: there it is largest
+        # the pairs of these very measurements are counted apart
+        found[f"{KINDS[0]}_{INNER}"] = [(count, max(seconds - pair_s * count * (count + 1) / 2, 0.0)) for count, seconds in near]
+        return Costs({name: Curve(own) for name, own in found.items()}, pair_s)
+
+    def _passes(self, points: Sequence[tuple[str, int]], calls: int) -> None:
+        for _ in range(calls):
+            for name, count in points:
+                tries = self.tries[name, count]
+                if len(tries) < calls and (len(tries) < FEWEST or sum(tries) < LIMIT_S * calls / REPEATS):
+                    self._call(name, count)
+
+    def _spread(self) -> list[tuple[str, int]]:
+        return [point for point, tries in self.tries.items() if middle_half(tries) > SPREAD]
+
+    def _unlike(self) -> list[tuple[str, int]]:
+        """Points where a row costs much more than where rows are fewer, and those fewer: a product does not, so one of the two is wrong."""
+        found: list[tuple[str, int]] = []
+        with_pairs = (FAR, f"{KINDS[0]}_{INNER}")       # a row of many does cost more there
+        for name in dict.fromkeys(name for name, _ in self.tries if name not in with_pairs):
+            own = sorted(count for other, count in self.tries if other == name)
+            for fewer, more in pairwise(own):
+                each = [median(self.tries[name, count]) / count for count in (fewer, more)]
+                if each[1] > LIKENESS * each[0]:
+                    found += [(name, fewer), (name, more)]
+        return list(dict.fromkeys(found))
+
+    def _call(self, name: str, count: int, warm: bool = False) -> None:
+        if self.use_codec is not None:
+            self.use_codec(name == CODED_SUM)
+        self.tries[name, count].append(self.timed(self.calls[name, count], warm=warm))
+
+
+def middle_half(tries: Sequence[float]) -> float:
+    """How far the middle half of some times lies apart, over their median."""
+    own = sorted(tries)
+    return (own[(3 * len(own)) // 4] - own[len(own) // 4]) / median(own)
 
 
 def _efficiency(decoder, costs: Costs, count: int) -> float:
     """How much of the gain that the costs promise two parts of `count` rows is there on the clock, 0 to 1; 1 where they promise none."""
     layers, cuts = min(2, len(decoder.layers)), {"plain": Cut.at(count), "halves": Cut.at(count, [max(count // 2, 1)])}
     promised = [costs.simulated(cut, [count], [count], layers).seconds for cut in cuts.values()]
-    times = [median(own) for own in time_cuts(decoder, cuts, 3, layers=layers).values()]
-    if count < 2 or promised[1] >= promised[0]:
-        return 1.0
-    return min(max((times[0] - times[1]) / (promised[0] - promised[1]), 0.0), 1.0)
+    times: dict[str, list[float]] = {name: [] for name in cuts}
+    found = 1.0
+    for _ in range(2):                               # a doubtful one on the clock again: a schedule that is given up loses much more
+        for name, own in time_cuts(decoder, cuts, EFFICIENCY_ROUNDS, layers=layers).items():
+            times[name] += own
+        if count < 2 or promised[1] >= promised[0]:
+            return 1.0
+        found = (median(times["plain"]) - median(times["halves"])) / (promised[0] - promised[1])
+        if found >= DOUBTFUL:
+            break
+    return min(max(found, 0.0), 1.0)
 
 
 def measure_whole_sum(decoder, rows: Sequence[int]) -> dict[int, float]:
     """rows -> seconds of a sum with the residual whole on every rank: all-reduce, add, norm."""
-    communicator, norm, timed = decoder.communicator, decoder.norm, _Timer(decoder, REPEATS)
+    communicator, norm, timed = decoder.communicator, decoder.norm, _Timer(decoder)
 
     def call(hidden: torch.Tensor) -> None:
         norm(hidden + communicator.all_reduce(communicator.empty(hidden.shape, hidden.dtype).copy_(hidden), site=SITE))
 
-    return {count: timed(partial(call, _hidden(decoder, count))) for count in rows}
+    calls = {count: partial(call, _hidden(decoder, count)) for count in rows}
+    tries = [{count: timed(own, warm=not number) for count, own in calls.items()} for number in range(REPEATS)]
+    return {count: median(each[count] for each in tries) for count in rows}
 
 
 def time_cuts(decoder, cuts: Mapping[str, Cut], rounds: int, *, layers: int | None = None) -> dict[str, list[float]]:
-    """Seconds of the first `layers` layers (None: all) by each of some cuts of one prompt's T rows: name -> one number a round.
+    """Seconds of the embedding and the first `layers` layers (None: all) by each of some cuts of one prompt's T rows: name -> one number
+    a round.
 
     Contenders take turns, every other round backwards, after a round that does not count.
     """
-    blocks = decoder.blocks()[: None if layers is None else 2 * layers]
-    names = list(cuts)
-    total = cuts[names[0]].total
-    x, (rotary, step, cache) = _hidden(decoder, total), _context(decoder, total, 0)
-    contexts = {
-        name: [(tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache) for rows in cut.parts]
-        for name, cut in cuts.items()
-    }
-    timed = _Timer(decoder, 1)
-
-    def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
-        return lane.start("embed", 0, "all_reduce", x[rows.start : rows.stop].clone(), site=SITE)
-
+    names, timed = list(cuts), _Timer(decoder)
+    rotary, step, cache = _context(decoder, cuts[names[0]].total, 0)
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in names if number % 2 else reversed(names):
-            call = partial(run_blocks, blocks, decoder.layers[0].input_norm, embed, contexts[name], cuts[name], decoder.communicator)
-            seconds = timed(call, warm=False)
+            seconds = timed(partial(decoder.run_cut, rotary, step, cache, cuts[name], layers))
             if number:
                 found[name].append(seconds)
     return found
@@ -121,21 +176,18 @@ def time_cuts(decoder, cuts: Mapping[str, Cut], rounds: int, *, layers: int | No
 class _Timer:
     """The slowest rank's seconds of a call, the same number on every rank."""
 
-    def __init__(self, decoder, repeats: int) -> None:
-        self._decoder, self._repeats = decoder, repeats
+    def __init__(self, decoder) -> None:
+        self._decoder = decoder
 
     @torch.no_grad()
-    def __call__(self, call: Callable[[], Any], *, warm: bool = True) -> float:
+    def __call__(self, call: Callable[[], Any], *, warm: bool = False) -> float:
+        """warm: after a call that does not count."""
         communicator = self._decoder.communicator
         with self._decoder.choosing():
-            tries: list[float] = []
             if warm:
                 call()
-            while True:
-                communicator.barrier(site=SITE)
-                tries.append(self._slowest(communicator, self._once(call)))
-                if len(tries) >= self._repeats or sum(tries) > LIMIT_S:
-                    return median(tries)
+            communicator.barrier(site=SITE)
+            return self._slowest(communicator, self._once(call))
 
     def _once(self, call: Callable[[], Any]) -> float:
         self._settle()
@@ -162,14 +214,16 @@ def _hidden(decoder, rows: int) -> torch.Tensor:
 
 
 def _context(decoder, count: int, past: int) -> tuple:
-    """(rotary, step, cache) of one sequence's `count` new tokens after `past` ones."""
-    cache = decoder.new_cache(count + past, 1)
+    """(rotary, step, cache) of one sequence's `count` new tokens after `past` ones. All layers share one layer's pages."""
+    cache = decoder.new_cache(count + past, 1, layers=1)
+    cache.k, cache.v = cache.k * decoder.config.layers, cache.v * decoder.config.layers
     sequence = cache.add_sequence()
     if past:
         cache.step([sequence], [past])
-        for pages in (*cache.k, *cache.v):
+        for pages in (cache.k[0], cache.v[0]):
             pages.zero_()                            # what was never computed must at least be finite
-    step = cache.step([sequence], [count])
+    tokens = torch.randint(decoder.config.vocab_size, (count,), generator=torch.Generator().manual_seed(count)).to(decoder.device)
+    step = cache.step([sequence], [count], tokens)
     return decoder.rotary(step.positions, decoder.dtype), step, cache
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hetero_attn.collectives.choice import PLAIN, Route, Table
+from hetero_attn.collectives.choice import Choice
 from hetero_attn.collectives.tuning import gather_hosts, share_json
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.schedule_measure import QUICK_ROWS, measure_costs
@@ -94,19 +94,14 @@ def codec_routes(communicator: Communicator, codec: str) -> CodecRoutes | None:
     """How to send exactly or coded, where rank 0's profile leaves that open (codec 'auto') and the link would gain by a codec."""
     base = communicator if communicator.base is None else communicator.base
     choice = getattr(base, "choice", None)
-    if codec != "auto" or not isinstance(choice, Table):
-        return None
-    if all(route.codec == PLAIN for sizes in choice.rows.values() for route in sizes.values()):
-        return None
-    return CodecRoutes(base, choice)
+    return CodecRoutes(base, choice) if codec == "auto" and choice is not None and choice.coded else None
 
 
 class CodecRoutes:
     """Switches a group's communicator, on all ranks together, between its choice of routes as it is and the same without codecs."""
 
-    def __init__(self, base: Communicator, coded: Table) -> None:
-        self._base, self._coded = base, coded
-        self._exact = Table({key: {size: Route(route.algorithm) for size, route in sizes.items()} for key, sizes in coded.rows.items()})
+    def __init__(self, base: Communicator, coded: Choice) -> None:
+        self._base, self._coded, self._exact = base, coded, coded.exact()
 
     def __call__(self, coded: bool) -> None:
         """Sums are coded from now on, or exact."""

@@ -12,10 +12,11 @@ from itertools import pairwise
 
 from hetero_attn.parallel.schedule_cost import CODED_SUM, MLP, Costs
 from hetero_attn.parallel.schedule_cut import ProductTiles, split_rows, split_tiles
-from hetero_attn.parallel.schedule_order import PRODUCT, SUM, Cut
+from hetero_attn.parallel.schedule_order import PRODUCT, SUM, Cut, simulate
 from hetero_attn.profile_overlap import MOST_PARTS
 
 TILES = (2, 3, 4, 6, 8, 12)                          # numbers of tiles that are considered
+ENOUGH = 0.05                                        # the fewest tiles that come so near the best: each costs a little that no model knows
 WORTH = 0.03                                         # a cut is taken if it is expected to save so much: the model is no better than that
 REMEMBERED = 512
 
@@ -111,8 +112,10 @@ class Tiled(Plain):
         total = sum(counts)
         if total < self.places.min_tokens:
             return super().cut(counts, lengths)
-        numbers = [self.tiles or 4] if self.tiles or not self.costs else TILES
-        return _least([self.places.tiled(total, tiles, self.costs) for tiles in numbers], counts, lengths, self.costs)
+        if self.tiles or not self.costs:
+            return self.places.tiled(total, self.tiles or 4, self.costs)
+        return _fewest([self.places.tiled(total, tiles, self.costs) for tiles in TILES],
+                       lambda cut: self.costs.seconds(cut, counts, lengths))
 
 
 class Auto(Plain):
@@ -159,6 +162,22 @@ class Auto(Plain):
                 best = nearest
         cut, coded = choices[best]
         return (plain, coded) if cut == choices[0][0] else (cut, coded)
+
+
+def linear_tiles(total: int, product_s: Callable[[int], float], sum_s: Callable[[int], float], *, alignment: int = 1) -> Cut:
+    """The tiles of one row-parallel linear of `total` rows and its sum, for tiled_linear(). product_s, sum_s: seconds of so many rows."""
+    def seconds(cut: Cut) -> float:
+        of = {PRODUCT: product_s, SUM: sum_s}
+        return simulate(1, cut, lambda task: of[task.kind](len(cut.tiles[0][task.tile])) if task.kind in of else 0.0).seconds
+
+    whole = product_s(total), sum_s(total)
+    return _fewest([Cut.at(total, (), [split_tiles(total, tiles, *whole, alignment=alignment)]) for tiles in (1, *TILES)], seconds)
+
+
+def _fewest(cuts: Sequence[Cut], seconds: Callable[[Cut], float]) -> Cut:
+    """The first of several, finer and finer, that comes within ENOUGH of the best."""
+    times = [seconds(cut) for cut in cuts]
+    return next(cut for cut, took in zip(cuts, times) if took <= (1 + ENOUGH) * min(times))
 
 
 def _least(cuts: Sequence[Cut], counts: Sequence[int], lengths: Sequence[int], costs: Costs | None) -> Cut:
