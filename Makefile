@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model bench-edge bench-overlap
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model bench-edge bench-overlap bench-cooperation
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -83,6 +83,9 @@ bench-ascend-model: $(VENV)/.bench   ## two levels of tiling against one on Asce
 
 bench-edge: $(VENV)/.bench     ## models larger than memory: 7B and 70B shapes, windows, Accelerate (30 GB of disk; BENCH="--quick --only main")
 	$(BIN)/python benchmarks/edge.py $(BENCH)
+
+bench-cooperation: $(VENV)/.bench  ## KV of half the layers in host memory, on host tensors with an enforced budget (2 minutes; BENCH="--context 16384 --ways all-device half")
+	$(BIN)/python benchmarks/cooperation.py --write $(BENCH)
 
 prove-links:               ## emulated 300 Mbit/s, 1 ms links between 4 ranks (root only): what they measure to be
 	$(PYTHON) benchmarks/links.py --ranks 4 --rate 300 --delay 1 --prove

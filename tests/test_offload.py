@@ -1,7 +1,9 @@
 """Layers whose KV lies in host memory: the same logits wherever it lies, within a device memory that is enforced."""
 
 import gc
+import json
 import random
+import shlex
 from pathlib import Path
 
 import pytest
@@ -328,3 +330,72 @@ def test_weights_from_the_disk_keep_their_kv(folder):
         load_model(folder, profile_with(placement="2-host-layers"), memory_budget="1GiB")
     with pytest.raises(ModelError, match="placement is 7-host-layers, the model has 6 layers"):
         load_model(folder, profile_with(placement="7-host-layers"))
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_command(capsys, *words) -> tuple[int, str, str]:
+    from hetero_attn.cli import main
+
+    capsys.readouterr()
+    code = main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate_says_where_kv_lay_and_plan_says_the_same(folder, capsys):
+    few = ["--profile", "cpu", "--set", "kv_block_size=4", "--set", "prefill_chunk=32"]
+    wanted = ["generate", str(folder), "--prompt", "The quick brown fox jumps over the lazy dog. " * 3, "--max-new-tokens", "9", "--json",
+              "--temperature", "0", "--ignore-eos", *few]
+    code, out, _ = run_command(capsys, *wanted)
+    plain = json.loads(out)
+    assert code == 0 and plain["placement"] == []
+    code, out, err = run_command(capsys, *wanted, "--placement", "4-host-layers")
+    found = json.loads(out)
+    assert code == 0 and found["results"][0]["text"] == plain["results"][0]["text"]
+    (rank,) = found["placement"]
+    assert rank["host_layers"] == [1, 2, 4, 5] and rank["device_layers"] == [0, 3] and rank["stored"] and rank["crossed"]
+    assert "rank 0: KV of layers 0, 3 on device, 1-2, 4-5 on host: " in err
+    # within a budget: as many layers as the plan says
+    tokens = plain["results"][0]["prompt_tokens"] + 8
+    limit = f"{budget_for(folder, 0) + 5 * 2 * 4 * (tokens // 4 + 1) * 2 * 8 * 4}B"
+    code, out, err = run_command(capsys, *wanted, "--device-memory", limit)
+    (rank,) = json.loads(out)["placement"]
+    assert code == 0 and rank["host_layers"] and rank["device_layers"] and rank["device_peak"] <= rank["device_memory"]
+    assert json.loads(out)["results"][0]["text"] == plain["results"][0]["text"]
+    rates = [word for name in ("memory_gbps", "host_memory_gbps", "bus_gbps") for word in ("--set", f"hardware.{name}=10")]
+    code, out, _ = run_command(capsys, "plan", str(folder), "--context", str(tokens), "--device-memory", limit, "--json", *few, *rates)
+    planned = json.loads(out)["ranks"][0]
+    assert (planned["host_layers"], planned["device_layers"]) == (rank["host_layers"], rank["device_layers"])
+
+
+def test_out_of_memory_names_a_command_that_runs(folder, capsys):
+    few = ["--profile", "cpu", "--set", "kv_block_size=4", "--set", "prefill_chunk=32"]
+    limit = f"{budget_for(folder, 0) + 3 * 1024}B"
+    code, out, err = run_command(capsys, "generate", str(folder), "--prompt", "Hello world " * 8, "--device-memory", limit, *few)
+    assert code == 2 and not out and "memory holds" in err
+    command = shlex.split(err.partition("in host memory: ")[2])
+    assert command[:2] == ["hetero-attn", "plan"]
+    command[-1] = "3MiB"                                               # with what would do, it shows the way
+    code, out, _ = run_command(capsys, *command[1:])
+    assert code == 0 and "layers' KV fit on the device" in out
+    for words, says in ((["--placement", "most"], "is no placement"), (["--placement", "7"], "the model has 6 layers"),
+                        (["--device-memory", "3"], "is no size"), (["--placement", "2", "--memory-budget", "1GiB"], "leave placement")):
+        code, out, err = run_command(capsys, "generate", str(folder), "--prompt", "A", *words, *few)
+        assert code == 2 and says in err and "\n" not in err.strip(), err
+
+
+def test_a_device_that_runs_out_is_told_what_to_do(folder):
+    """torch's own out-of-memory error, from wherever in a forward pass, becomes ours with the way out."""
+    model = load_model(folder, profile_with(device_memory="1GiB"))
+    cache = model.new_cache(16, 1)
+    sequence = cache.add_sequence()
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 31.7 GiB")
+
+    model.layers[2].attention.qkv_proj.joined = full
+    with pytest.raises(DeviceMemoryError, match=r"rank 0: CUDA out of memory. Tried to allocate 2.00 GiB.; what would fit.*: hetero-attn "
+                                                r"plan .* --context 20 --device-memory 1024MiB"):
+        model(cache.step([sequence], [3], [5, 6, 7]), cache)
