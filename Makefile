@@ -8,7 +8,7 @@ PROMPT ?= def fibonacci(n):
 SEED   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model bench-edge bench-overlap bench-cooperation
+.PHONY: help setup setup-run demo test test-full lint bench-dispatch bench-cpu bench-collectives bench-volta-layout prove-links schema table build wheel wheel-prebuilt clean test-ascend npu-check bench-ascend-model bench-edge bench-overlap bench-cooperation gpu-check
 
 help:              ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -56,6 +56,9 @@ test-ascend: $(VENV)/.dev  ## the ascend backend against the real torch-npu and 
 	    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $$triton -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_kernel.py && \
 	    $$triton -m pytest -q -p no:cacheprovider --timeout=3000 tests/test_ascend_lowering.py; \
 	elif [ $$? -eq 3 ]; then echo "test-ascend: triton-ascend's part skipped, see above"; else exit 1; fi
+
+gpu-check:                 ## on a GPU: run the suites and benchmarks, write docs/measured/<device>.md (says what it needs elsewhere; CHECK="--quick --only norm")
+	PYTHONPATH=.:backends $(PYTHON) -m hetero_attn.testing.gpu $(CHECK)
 
 npu-check:                 ## on an Ascend NPU: run the suites and write the page to send back (says what it needs elsewhere)
 	$(PYTHON) benchmarks/npu_check.py $(CHECK)

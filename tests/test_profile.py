@@ -40,7 +40,7 @@ def no_settings_of_the_user(monkeypatch, tmp_path_factory):
 
 
 def test_the_shipped_profiles_are_these():
-    assert list(shipped_profiles()) == ["ascend910a", "ascend910b", "cpu", "cuda", "edge", "h100", "h200", "v100"]
+    assert list(shipped_profiles()) == ["a100", "ascend910a", "ascend910b", "cpu", "cuda", "edge", "h100", "h200", "mi300x", "rtx4090", "v100"]
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
@@ -90,7 +90,9 @@ SECTIONS = profile_module._detect_sections()
     ("cuda", "NVIDIA H200", "9.0", "h200"),
     ("cuda", "NVIDIA GH200 480GB", "9.0", "cuda"),               # has H200 inside its name and is none
     ("cuda", "NVIDIA H20", "9.0", "cuda"),
-    ("cuda", "NVIDIA A100-SXM4-80GB", "8.0", "cuda"),
+    ("cuda", "NVIDIA A100-SXM4-80GB", "8.0", "a100"),
+    ("cuda", "NVIDIA GeForce RTX 4090", "8.9", "rtx4090"),
+    ("cuda", "AMD Instinct MI300X", "9.4", "mi300x"),
     ("cuda", "AMD Instinct MI250X", "9.0", "cuda"),              # ROCm says 9.0 for gfx90a
     ("npu", "Ascend910B2", None, "ascend910b"),
     ("npu", "Ascend910B4-1", None, "ascend910b"),

@@ -117,7 +117,7 @@ def test_extends_that_leads_nowhere(own_folder):
     assert refusal("extends: mine.yaml\n") == "mine.yaml:1: extends goes in a circle: mine.yaml -> mine.yaml"
     (own_folder / "b.yaml").write_text("device: cpu\nextends: mine.yaml\n")
     assert refusal("extends: b.yaml\n") == "b.yaml:2: extends goes in a circle: mine.yaml -> b.yaml -> mine.yaml"
-    assert refusal("extends: v10\n").startswith("mine.yaml:1: extends: unknown profile 'v10'; did you mean v100? shipped are ascend910a, ")
+    assert refusal("extends: v10\n").startswith("mine.yaml:1: extends: unknown profile 'v10'; did you mean v100? shipped are a100, ascend910a, ")
     assert refusal("extends: gone.yaml\n").startswith("mine.yaml:1: extends: profile file gone.yaml does not exist")
     assert refusal("extends: [cpu]\n") == "mine.yaml:1: extends is ['cpu'], expected the name of a profile or the path of one"
 
@@ -127,9 +127,9 @@ def test_extends_that_leads_nowhere(own_folder):
 def test_an_unknown_name_lists_the_shipped_ones():
     with pytest.raises(ProfileError) as raised:
         load_profile("v10")
-    assert str(raised.value) == ("unknown profile 'v10'; did you mean v100? shipped are ascend910a, ascend910b, cpu, cuda, edge, h100, "
-                                 "h200, v100; a profile of your own is given as a path ending in .yaml")
-    with pytest.raises(ProfileError, match=r"^unknown profile 'zzzz'; shipped are ascend910a"):
+    assert str(raised.value) == ("unknown profile 'v10'; did you mean v100? shipped are a100, ascend910a, ascend910b, cpu, cuda, edge, "
+                                 "h100, h200, mi300x, rtx4090, v100; a profile of your own is given as a path ending in .yaml")
+    with pytest.raises(ProfileError, match=r"^unknown profile 'zzzz'; shipped are a100, ascend910a"):
         load_profile("zzzz")
 
 

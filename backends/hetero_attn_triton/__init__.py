@@ -61,7 +61,9 @@ class TritonBackend(Backend):
         return reasons
 
     def notes(self) -> list[str]:
-        return ["tiles are as planned until `python -m hetero_attn_triton.tuning` has measured this device"]
+        if self.launcher.tuned(torch.device(self.launcher.device)):
+            return []
+        return ["tiles are as planned; `python -m hetero_attn_triton.tuning` measures which are quickest on this device"]
 
     def tiling(self, spec: AttentionSpec, profile: DeviceProfile) -> Plan:
         """By the profile's numbers; on the device itself the driver's count."""

@@ -74,20 +74,31 @@ def contenders(shape: Shape, device: torch.device, flex: bool) -> dict[str, Call
     if not shape.softcap:
         made[SDPA] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal, enable_gqa=shape.q_heads != shape.kv_heads)
     if flex and device.type == "cuda":
-        made[FLEX] = flex_attention(q, k, v, shape)
+        made[FLEX] = Flex(q, k, v, shape)
     return made
 
 
-def flex_attention(q, k, v, shape: Shape) -> Callable[[], object]:
-    """torch's compiled FlexAttention for the call, compiled for these sizes."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+class Flex:
+    """torch's compiled FlexAttention for one call, compiled for its sizes on the first of the calls that warm up."""
 
-    mask = None
-    if shape.is_causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.q_len, shape.kv_len, device=q.device)
-    cap = (lambda score, b, h, i, j: shape.softcap * torch.tanh(score / shape.softcap)) if shape.softcap else None
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, score_mod=cap, block_mask=mask, enable_gqa=shape.q_heads != shape.kv_heads)
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape) -> None:
+        self._operands, self._shape, self._compiled = (q, k, v), shape, None
+
+    def __call__(self) -> torch.Tensor:
+        if self._compiled is None:
+            self._compiled = self._made()
+        return self._compiled()
+
+    def _made(self) -> Callable[[], torch.Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        shape, mask, cap = self._shape, None, None
+        if shape.is_causal:
+            mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.q_len, shape.kv_len, device=self._operands[0].device)
+        if shape.softcap:
+            cap = lambda score, b, h, i, j: shape.softcap * torch.tanh(score / shape.softcap)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda: compiled(*self._operands, score_mod=cap, block_mask=mask, enable_gqa=shape.q_heads != shape.kv_heads)
 
 
 def prefill(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
