@@ -40,7 +40,8 @@ def no_settings_of_the_user(monkeypatch, tmp_path_factory):
 
 
 def test_the_shipped_profiles_are_these():
-    assert list(shipped_profiles()) == ["a100", "ascend910a", "ascend910b", "cpu", "cuda", "edge", "h100", "h200", "mi300x", "rtx4090", "v100"]
+    assert list(shipped_profiles()) == ["a100", "ascend910a", "ascend910b", "cpu", "cuda", "edge", "h100", "h200", "mi300x", "rtx4090",
+                                        "v100"]
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
