@@ -26,23 +26,34 @@ class Hub:
 
     def __init__(self, world_size: int, timeout_s: float) -> None:
         self.world_size, self.timeout_s = world_size, timeout_s
-        self.given: list[Any] = [None] * world_size
-        self._barrier = threading.Barrier(world_size)
+        self._given: list[Any] = [None] * world_size
+        self._met: dict[int, list[Any]] = {}             # number of a meeting -> what was given; the last two, for who is slow to leave
+        self._number = self._arrived = 0
+        self._aborted, self._changed = False, threading.Condition()
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
-        """Every rank's value. Raises RuntimeError when not all come in time."""
-        try:
-            self.given[rank] = value
-            self._barrier.wait(self.timeout_s)
-            everyone = list(self.given)
-            self._barrier.wait(self.timeout_s)
-            return everyone
-        except threading.BrokenBarrierError:
-            raise RuntimeError("a rank did not come") from None
+        """Every rank's value. Raises RuntimeError when not all come in time. A meeting that has come about is not undone by abort()."""
+        with self._changed:
+            number = self._number
+            self._given[rank] = value
+            self._arrived += 1
+            if self._arrived == self.world_size:
+                self._met[number], self._arrived, self._number = list(self._given), 0, number + 1
+                self._met.pop(number - 2, None)
+                self._changed.notify_all()
+            else:
+                self._changed.wait_for(lambda: number in self._met or self._aborted, self.timeout_s)
+            if number not in self._met:
+                self._aborted = True
+                self._changed.notify_all()
+                raise RuntimeError("a rank did not come")
+            return self._met[number]
 
     def abort(self) -> None:
         """A rank has ended: nobody waits for it."""
-        self._barrier.abort()
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
 
 
 class ThreadCommunicator(Communicator):
