@@ -67,11 +67,10 @@ FAULTS = {
         "slot_of(call, call.rank, epoch, channel, call.rank), epoch", quick=True),
     "meetings are not counted": Fault(
         "barrier.cuh", "if (threadIdx.x == 0) *(own_word(call, EPOCHS_AT) + channel) = epoch;", "(void)epoch;"),
-    "all CTAs meet at one slot": Fault(      # a CTA without rows speaks for one that sleeps before it gives its row (behind its fifth barrier)
+    # A CTA without rows speaks for one that sleeps, behind its fifth barrier, before it gives its row.
+    "all CTAs meet at one slot": Fault(
         "barrier.cuh", "((epoch & 1) * CHANNELS + channel) * MAX_RANKS", "((epoch & 1) * CHANNELS) * MAX_RANKS",
         options={"rows": 3}, setting={"stall_barrier": 5}),
-    "one set of slots": Fault(
-        "barrier.cuh", "((epoch & 1) * CHANNELS + channel)", "(channel)", world=3, setting={"timeout_s": 1.0}),
     "rows of the next rank": Fault(
         FUSED, "const long long in_x = (call.first + own) * units", "const long long in_x = (call.first + own + call.rank) * units",
         quick=True),
