@@ -115,6 +115,8 @@ def sources(fault: Fault):
 
 def put_to(fault: Fault, root=None) -> list[str]:
     setting = {"weak": not fault.counted, "counted": fault.counted, "root": root, "options": fault.options} | fault.setting
+    if root is not None:
+        setting.setdefault("timeout_s", 1.0)             # a fault may well be waited for
     if fault.scenario is scenarios.absent:
         setting |= {"weak": False, "options": None}
     return scenarios.complaints(fault.scenario, fault.world, **setting)
