@@ -18,6 +18,7 @@ from hetero_attn.collectives.choice import PLAIN, Route, Table
 from hetero_attn.collectives.tuning import gather_hosts, share_json
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.schedule_measure import QUICK_ROWS, measure_costs
+from hetero_attn.models.weights import log
 from hetero_attn.parallel.schedule_choice import Auto, Places, Plain, Schedule, Tiled, Weave
 from hetero_attn.parallel.schedule_cost import Costs, from_settings
 from hetero_attn.parallel.schedule_cut import ProductTiles
@@ -28,6 +29,9 @@ from hetero_attn.profile_overlap import MOST_PARTS
 def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     """The schedule of a loaded decoder. All ranks call this together. Raises ValueError for damaged costs in rank 0's overlay."""
     communicator = decoder.communicator
+    if decoder.window is not None and communicator.world_size > 1 and communicator.rank == 0 and profile.schedule in ("weave", "tiled"):
+        log.warning("schedule %s is not used, steps run plain: weights are streamed, every part of the rows would load them once more, "
+                    "and sums hide behind the disk anyway; leave --memory-budget and window out, or schedule at auto", profile.schedule)
     if communicator.world_size == 1 or decoder.window is not None:                   # all ranks stream, or none (agreement.py)
         return Schedule()
     overlap = profile.overlap
