@@ -1,5 +1,8 @@
 """Under vocabulary 'master' nothing that leaves rank 0 is a token id; what does leave it can be inverted, and a test shows that too."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -45,6 +48,59 @@ def spied(folder, vocabulary):
     seen.clear()                                                                     # settings as text: there is no prompt yet
     tokens = generate(model, [PROMPT], SamplingParams(max_new_tokens=8, ignore_eos=True))
     return seen, embedded[0].tolist(), [list(each.token_ids) for each in tokens]
+
+
+def test_ranks_of_other_hosts_need_no_prompt(folder):
+    from hetero_attn.cli import parser
+    from hetero_attn.cli.errors import CommandError
+    from hetero_attn.cli.request import checked
+
+    args = parser().parse_args(["generate", str(folder), "--profile", "edge"])
+    assert checked(args, 2, rank=1).prompts == ()
+    with pytest.raises(CommandError, match="no prompt: give"):
+        checked(args, 2, rank=0)
+
+
+MARKER = "zebra-crossing-7291"                        # of the prompt, the system message and the stop text
+
+
+def worked(request):
+    """A rank of `hetero-attn generate` as it is started here, and how often its whole memory then holds the marker."""
+    from hetero_attn.cli.work import work
+
+    code = work(request)
+    backwards, found = MARKER[:4][::-1].encode(), 0
+    wanted = backwards[::-1] + b"-crossing-" + str(7291).encode()[:4]
+    for line in open("/proc/self/maps"):
+        place, access, *rest = line.split()
+        if not access.startswith("r") or rest[-1] in ("[vvar]", "[vsyscall]", "[vvar_vclock]"):
+            continue
+        start, end = (int(each, 16) for each in place.split("-"))
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            memory.seek(start)
+            try:
+                content = memory.read(end - start)
+            except OSError:
+                continue
+        found += content.count(wanted + b"!")
+    with open(f"{request.model}/found.{os.environ['RANK']}", "w") as file:
+        file.write(str(found))
+    return code
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_worker_started_here_never_has_the_text_in_its_memory(folder, monkeypatch, capsys):
+    from hetero_attn.cli import parser
+    from hetero_attn.cli import work as module
+    from hetero_attn.cli.request import checked
+
+    words = ["generate", str(folder), "--prompt", f"{MARKER}!", "--stop", f"{MARKER}!", "--chat", "--system", f"{MARKER}!", "--profile",
+             "edge", "--tp", "2", "--max-new-tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["hetero-attn", *words])
+    monkeypatch.setattr(module, "work", worked)
+    assert module.in_own_ranks(checked(parser().parse_args(words), 2)) == 0
+    assert sys.argv[1:] == words
+    assert [int((folder / f"found.{rank}").read_text()) > 0 for rank in range(2)] == [True, False]
 
 
 @pytest.fixture(scope="module")

@@ -122,12 +122,16 @@ def test_an_answer_is_for_one_question():
     assert len({answer("a", nonce, 0, 1), answer("a", nonce, 1, 0), answer("a", other, 0, 1), answer("b", nonce, 0, 1)}) == 4
 
 
-def test_several_hosts_need_trust(folder):
+@pytest.mark.parametrize("words", [("generate", "--prompt", "A"), ("tune",), ("tune", "--schedule"), ("calibrate", "--text", __file__)],
+                         ids=" ".join)
+def test_several_hosts_need_trust(folder, words):
+    command, *options = words
+    words = [command, *([str(folder)] if command != "tune" else []), *options, *([str(folder)] if "--schedule" in options else [])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
            "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.7", "MASTER_PORT": "29501"}
-    ran = subprocess.run([sys.executable, "-m", "hetero_attn", "generate", str(folder), "--prompt", "A"], env=env, capture_output=True,
-                         text=True, timeout=60)
-    assert ran.returncode == 2 and "192.0.2.7, which is not this host alone" in ran.stderr and "--trust-network" in ran.stderr
+    ran = subprocess.run([sys.executable, "-m", "hetero_attn", *words], env=env, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2 and "192.0.2.7, which is not this host alone" in ran.stderr, ran.stderr
+    assert f"give {command} --trust-network" in ran.stderr
 
 
 def test_restart_needs_prompts_and_a_name(folder):

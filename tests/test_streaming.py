@@ -21,8 +21,11 @@ from hetero_attn.models.export import check, export
 from hetero_attn.models.generate import generate
 from hetero_attn.models.load import load_model
 from hetero_attn.models.sampling import SamplingParams
+from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.parallel.launch import run_ranks
+from hetero_attn.parallel.schedule_choice import Schedule
 from hetero_attn.parallel.window import WindowError
+from hetero_attn.profile import load_profile
 
 NAMES = ["llama3.2-tied", "llama-biases-linear", "qwen3", "gemma2", "mixtral"]
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9]]
@@ -168,6 +171,43 @@ def test_a_worker_has_its_slices_and_no_vocabulary(folders, tmp_path):
         load_model(tmp_path / "parts", "cpu", communicator=SoloCommunicator())
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_fused_experts_are_cut_too(folders, tmp_path, world_size):
+    """transformers writes a tensor an expert unless it is asked not to; both give the same folders, to the byte."""
+    make_model("mixtral").save_pretrained(tmp_path / "fused", save_original_format=False)
+    with safe_open(tmp_path / "fused" / "model.safetensors", "pt") as opened:
+        assert "model.layers.0.mlp.experts.gate_up_proj" in opened.keys()
+    export(tmp_path / "fused", tmp_path / "parts", world_size)
+    export(folders["mixtral"], tmp_path / "separate", world_size)
+    for rank in range(world_size):
+        name = f"rank-{rank}-of-{world_size}"
+        assert check(tmp_path / "parts" / name)
+        ours, theirs = (tensors_of(tmp_path / place / name) for place in ("parts", "separate"))
+        assert ours.keys() == theirs.keys() and len([key for key in ours if ".w1." in key]) == 5 * 2
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    if world_size == 1:
+        expected, _ = logits_of(folders["mixtral"])
+        for options in ({}, {"window": 2}):
+            assert torch.equal(logits_of(tmp_path / "parts", **options)[0], expected)
+
+
+def tensors_of(folder):
+    """Every tensor of a rank's folder, under its name without how the checkpoint calls the block."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= {f"{file.name} {key.replace('block_sparse_moe', 'mlp')}": opened.get_tensor(key) for key in opened.keys()}
+    return found
+
+
+def test_fused_experts_of_another_shape_are_refused(tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path, save_original_format=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 36}))
+    with pytest.raises(ModelError, match=r"experts\.(gate_up|down)_proj has shape .*, config.json asks for"):
+        export(tmp_path, tmp_path / "parts", 2)
+
+
 def test_an_interrupted_export_goes_on(folders, tmp_path, monkeypatch):
     from hetero_attn.models import export as module
 
@@ -233,3 +273,12 @@ def test_truncated_missing_and_foreign_folders_are_refused(folders, tmp_path):
         manifest = json.loads((good / "shard.json").read_text())
         facts = manifest["files"]["layer-000.attention.safetensors"]["tensors"][name]
         assert facts["shape"][0] == 120 and len(facts["sha256"]) == 1
+
+
+@pytest.mark.parametrize("schedule, says", [("weave", True), ("tiled", True), ("auto", False), ("plain", False)])
+def test_a_schedule_beside_streaming_is_answered_with_a_reason(caplog, schedule, says):
+    from types import SimpleNamespace
+
+    decoder = SimpleNamespace(communicator=SimpleNamespace(world_size=2, rank=0), window=object())
+    assert type(make_schedule(decoder, load_profile("edge", sets=(f"schedule={schedule}",)))) is Schedule
+    assert (f"schedule {schedule} is not used, steps run plain: weights are streamed" in caplog.text) is says

@@ -36,7 +36,8 @@ MEASURE = tuning.THOROUGH._replace(budget_s=8.0)
 def in_rank(folder: str, tokens: int, rounds: int) -> dict:
     """Every rank's part; rank 0 returns seconds of each token by way, the route of a row's sum, and the link as it was measured."""
     torch.set_num_threads(1)
-    model = load_model(folder, load_profile("edge", sets=("codec=auto",)), cache_tokens=64)
+    # schedule=plain: the automatic one would turn codecs on and off itself, step by step.
+    model = load_model(folder, load_profile("edge", sets=("codec=auto", "schedule=plain")), cache_tokens=64)
     base = model.communicator if model.communicator.base is None else model.communicator.base
     found = tuning.survey(base, tuning.gather_hosts(base), MEASURE)
     found = dataclasses.replace(found, codecs=measure_codecs(base, tuning.codecs_of("auto")))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetero_attn.cli.errors import CommandError, CommandFailed
+from hetero_attn.cli.trust import add_trust, ask_for_token, need_trust
 
 if TYPE_CHECKING:
     from hetero_attn.profile import DeviceProfile
@@ -57,6 +58,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile value (repeatable)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the profile's")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, npu")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -72,6 +74,7 @@ def run(args) -> int:
         raise CommandError(f"--tp is {args.tp}, and torchrun started {env.world_size} ranks; leave --tp out")
     order = checked(args, env.world_size if joined else args.tp, reads_text=env.rank == 0)
     if joined:
+        need_trust(args.trust_network, "calibrate")
         return work(order)
     try:
         return run_ranks(work, (order,), order.world_size, threads=order.profile.threads_per_rank or None)[0]
@@ -139,10 +142,15 @@ def work(order: Order) -> int:
     plain = dataclasses.replace(order.profile, codec="none", schedule="plain")      # nothing but the text is to be watched
     began = time.perf_counter()
     with init_communicator(plain, device=order.device) as communicator:
+        ask_for_token(communicator)
         model = load_model(order.model, plain, communicator=RangeObserver(communicator), dtype=order.dtype)
         own = torch.tensor(read_chunks(order)) if communicator.rank == 0 else torch.empty(0, 0, dtype=torch.int64)     # [chunks, tokens]
         shape = communicator.broadcast(torch.tensor(list(own.shape)), site=SITE).tolist()
-        chunks = communicator.broadcast(own if communicator.rank == 0 else torch.empty(shape, dtype=torch.int64), site=SITE).tolist()
+        if model.vocabulary == "sharded":
+            own = communicator.broadcast(own if communicator.rank == 0 else torch.empty(shape, dtype=torch.int64), site=SITE)
+        elif communicator.rank:                                          # the text is rank 0's alone: its length is enough
+            own = torch.zeros(shape, dtype=torch.int64)
+        chunks = own.tolist()
         found = measure_ranges(model, chunks, Progress(len(chunks), shape[1]) if communicator.rank == 0 else None)
         if communicator.rank:
             return 0

@@ -54,7 +54,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, REFUSED):
         code, text = BAD_REQUEST, one_line(error)
     elif isinstance(error, OSError):
-        code, text = BAD_REQUEST, f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+        code, text = BAD_REQUEST, f"{error.filename}: {error.strerror}" if error.filename else error.strerror or one_line(error)
     elif isinstance(error, BROKE) or type(error).__name__ == "OutOfMemoryError":
         code, text = FAILED, one_line(error)
     else:

@@ -10,6 +10,8 @@ import argparse
 import os
 from functools import partial
 
+from hetero_attn.cli.trust import add_trust
+
 EPILOG = """examples:
   hetero-attn generate examples/tiny-llama --prompt 'def fibonacci(n):' --tp 2
   hetero-attn generate MODEL --prompt A --prompt B --json
@@ -75,8 +77,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     faults = parser.add_argument_group("faults and networks")
     faults.add_argument("--restart", action="store_true", help="when a rank is lost, go on from the last complete token: ranks of this "
                                                               "host are started again up to 3 times, torchrun's by its --max-restarts")
-    faults.add_argument("--trust-network", action="store_true", help="ranks on several hosts: tensors travel unencrypted, whoever "
-                                                                    "reaches the port can join (HETERO_ATTN_TOKEN; docs/network.md)")
+    add_trust(faults)
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, at the end")

@@ -93,7 +93,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     _check_weights(config, checkpoint, rank, world_size, vocabulary, partition)
     tokenizer = Tokenizer.from_dir(folder) if rank == 0 else None            # a worker's folder has none
     params = _params(args, folder)
-    sources = _sources(args)
+    sources = _sources(args, rank)
     prompts = tuple(text if kind == "text" else _read(text) for kind, text in sources) if rank == 0 else ()
     request = Request(
         model=Path(args.model), prompts=prompts, params=params, profile=profile, tp=world_size, backend=args.backend,
@@ -101,7 +101,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
         bar=True if args.progress else None, cache_tokens=None, cache_sequences=1,
-        restart=_restart_file(args, bool(sources)), trust_network=args.trust_network, trace=_trace(args, world_size),
+        restart=_restart_file(args, bool(sources) or rank > 0), trust_network=args.trust_network, trace=_trace(args, world_size),
     )
     ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
     if ids:
@@ -207,10 +207,10 @@ def _params(args, folder: Path) -> SamplingParams:
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 
 
-def _sources(args) -> list[tuple[str, str]]:
-    """('text', prompt) or ('file', name) in the order given; [] for a conversation. Raises CommandError."""
+def _sources(args, rank: int) -> list[tuple[str, str]]:
+    """('text', prompt) or ('file', name) in the order given; [] for a conversation, and where rank 0 has them. Raises CommandError."""
     sources = list(args.prompts)
-    if not sources and not args.chat:
+    if not sources and not args.chat and rank == 0:
         raise CommandError("no prompt: give --prompt TEXT, --prompt-file FILE, - for standard input, or --chat")
     if sources.count(("file", "-")) > 1:
         raise CommandError("standard input (-) is asked for twice, it can be read once")

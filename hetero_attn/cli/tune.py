@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetero_attn.cli.errors import CommandError, CommandFailed
+from hetero_attn.cli.trust import add_trust, ask_for_token, need_trust
 
 if TYPE_CHECKING:
     from hetero_attn.collectives.tuning import Survey
@@ -28,7 +29,7 @@ EPILOG = """examples:
   hetero-attn tune --tp 2 --show
   hetero-attn tune --tp 2 --show --set codec=auto --model examples/tiny-llama
   hetero-attn tune --tp 2 --schedule MODEL
-  torchrun --nnodes=4 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn tune"""
+  torchrun --nnodes=4 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn tune --trust-network"""
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -47,6 +48,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--profile", metavar="NAME|FILE", help="device profile (default: detected)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile value (repeatable)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, npu")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -85,6 +87,7 @@ def run(args) -> int:
         return 0
     call = (*call, profile, args.device, args.json, args.dry_run)
     if joined:
+        need_trust(args.trust_network, "tune")
         return measure(*call)
     try:
         return run_ranks(measure, call, world_size, threads=profile.threads_per_rank or None)[0]
@@ -101,6 +104,7 @@ def work(profile: DeviceProfile, device: str | None, as_json: bool, dry_run: boo
 
     plain = dataclasses.replace(profile, algorithm="native", codec="none", communicators=("distributed",))
     with init_communicator(plain, device=device) as communicator:
+        ask_for_token(communicator)
         began = time.perf_counter()
         found = tuning.survey(communicator, tuning.gather_hosts(communicator), tuning.THOROUGH)
         found = dataclasses.replace(found, codecs=tuning.measure_codecs(communicator, tuning.codecs_of(profile.codec)))

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from hetero_attn.cli.errors import CommandError
+from hetero_attn.cli.trust import ask_for_token
 
 if TYPE_CHECKING:
     from hetero_attn.models.schedule_sweep import Sweep
@@ -41,6 +42,7 @@ def work(model: str, profile: DeviceProfile, device: str | None, as_json: bool, 
                            "and window out")
     plain = dataclasses.replace(profile, schedule="plain")
     with init_communicator(plain, device=device) as communicator:
+        ask_for_token(communicator)
         first = communicator.rank == 0
 
         def progress(text: str) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from hetero_attn.cli.chat import converse
-from hetero_attn.cli.errors import REFUSED, CommandError, CommandFailed, report
+from hetero_attn.cli.errors import REFUSED, CommandFailed, report
 from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_placements, report_speed
 from hetero_attn.cli.progress import ByteProgress
 from hetero_attn.cli.request import Request, as_prompts
-from hetero_attn.collectives import init_communicator, rendezvous
+from hetero_attn.cli.trust import ask_for_token, need_trust
+from hetero_attn.collectives import init_communicator
 from hetero_attn.models.budget import peak_bytes
 from hetero_attn.models.control import Driver, serve
 from hetero_attn.models.decoder import Decoder
@@ -32,7 +33,6 @@ from hetero_attn.models.load import load_model
 from hetero_attn.models.placing import gather_placements
 from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.tokenizer import Tokenizer
-from hetero_attn.parallel.challenge import challenge
 from hetero_attn.parallel.launch import RankFailure, run_ranks
 from hetero_attn.parallel.trace import Recorder, gather_events, meet, write_trace
 from hetero_attn.registry import use_backend
@@ -48,9 +48,9 @@ def work(request: Request) -> int:
         # Ctrl-C reaches every rank of a terminal, and the launcher sends it on: end at once, nobody waits for an orderly goodbye.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    need_trust(request.trust_network)
+    need_trust(request.trust_network, "generate")
     with init_communicator(request.profile, device=request.device) as communicator, use_backend(request.backend):
-        challenge(communicator, os.environ.get("HETERO_ATTN_TOKEN") or None)
+        ask_for_token(communicator)
         first = communicator.rank == 0
         if request.profile.threads_per_rank:
             torch.set_num_threads(request.profile.threads_per_rank)
@@ -168,8 +168,9 @@ def in_own_ranks(request: Request) -> int:
     try:
         while True:
             try:
-                with terminal_restored(), interrupts_kept_from_ranks():
-                    return run_ranks(work, (request,), request.tp, threads=request.profile.threads_per_rank or None)[0]
+                with terminal_restored(), interrupts_kept_from_ranks(), command_line_kept_from_ranks():
+                    return run_ranks(work, (without_text(request),), request.tp, first_args=(request,),
+                                     threads=request.profile.threads_per_rank or None)[0]
             except RankFailure as error:
                 if not left or error.reason.endswith("SIGINT") or error.reason.startswith(NOT_AGAIN):
                     raise
@@ -186,13 +187,19 @@ def in_own_ranks(request: Request) -> int:
             request.restart.unlink(missing_ok=True)            # nobody else knows its name
 
 
-def need_trust(trusted: bool) -> None:
-    """Raises CommandError where ranks are on several hosts and nobody said that the network between them is to be trusted."""
-    env = rendezvous.world()
-    if env.world_size > 1 and not rendezvous.on_one_host(env) and not trusted:
-        raise CommandError(f"the ranks meet at {os.environ.get('MASTER_ADDR', '?')}, which is not this host alone: what they send is not "
-                           "encrypted and whoever reaches the port can join; give --trust-network where that is right, set "
-                           "HETERO_ATTN_TOKEN on every rank against wrong peers, and see docs/network.md for ssh and WireGuard")
+def without_text(request: Request) -> Request:
+    """The request as the other ranks get it: nothing that a person wrote. They are told by rank 0 what to do, and not what it is about."""
+    return replace(request, prompts=(), system=None, params=replace(request.params, stop=()))
+
+
+@contextmanager
+def command_line_kept_from_ranks() -> Iterator[None]:
+    """Spawned processes are handed sys.argv, and --prompt stands in it."""
+    before, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextmanager

@@ -86,16 +86,18 @@ class RangeObserver(Communicator):
 
 
 def measure_ranges(model, chunks: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None) -> dict[str, SiteRanges]:
-    """Run each chunk of token ids through the model, by itself; what its sites need. All ranks call it with the same chunks.
+    """Run each chunk of token ids through the model, by itself; what its sites need. All ranks call it with the same chunks, or, under
+    vocabulary 'master', with as many tokens: only rank 0 looks at them.
 
     model: loaded with a new RangeObserver as its communicator. progress(done, total) after each chunk.
     """
     observer = model.communicator
     if not isinstance(observer, RangeObserver):
         raise TypeError(f"measure_ranges: the model's communicator is {observer!r}, expected a RangeObserver")
+    unseen = model.vocabulary == "master" and observer.rank > 0
     for done, chunk in enumerate(chunks, 1):
         cache = model.new_cache(len(chunk), 1)
-        step = cache.step([cache.add_sequence()], [len(chunk)], torch.tensor(chunk), last_only=True)
+        step = cache.step([cache.add_sequence()], [len(chunk)], None if unseen else torch.tensor(chunk), last_only=True)
         model(step, cache)
         if progress is not None:
             progress(done, len(chunks))

@@ -1,7 +1,8 @@
 """Cutting a checkpoint into one folder a rank: read once slice by slice, checksummed as it is written, and resumable.
 
 A file is written under another name and renamed when it is whole; then a line goes into the folder's journal. An export that is started
-again keeps the files the journal knows, if the source is the same. The manifest comes last: a folder with one is complete.
+again keeps the files the journal knows, if the source is the same. The manifest comes last: a folder with one is complete. Experts that lie
+fused in one tensor are written as a tensor each, as most checkpoints have them.
 """
 
 from __future__ import annotations
@@ -54,12 +55,22 @@ def export(
 ) -> list[Export]:
     """Writes out/rank-R-of-N for every rank (or those of `ranks`). partitions: who gets what (default: even).
 
-    Raises ModelError for a model that cannot be cut so, a full disk, or an unfinished export of something else in the way.
+    Raises ModelError for a model that cannot be cut so, a full disk, a folder that cannot be written, or an unfinished export of something
+    else in the way.
     """
     config, checkpoint, out = ModelConfig.from_dir(path), Checkpoint(path), Path(out)
     if "lm_head.weight" in checkpoint.entries:
         config = replace(config, tied_embeddings=False)
-    plans = [_RankPlan(config, checkpoint, rank, world_size, vocabulary, partitions) for rank in
+    try:
+        return _export(Path(path), config, checkpoint, out, world_size, vocabulary, ranks, partitions, progress)
+    except OSError as error:
+        raise ModelError(f"writing {error.filename or out} failed: {error.strerror}; the export goes on from here when it is started "
+                         "again, or give --out another place") from None
+
+
+def _export(path, config, checkpoint, out, world_size, vocabulary, ranks, partitions, progress) -> list[Export]:
+    fused = separate_experts(config, checkpoint)
+    plans = [_RankPlan(config, checkpoint, fused, rank, world_size, vocabulary, partitions) for rank in
              (range(world_size) if ranks is None else ranks)]
     source = _source(checkpoint, world_size, plans[0].everyone)
     out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +92,7 @@ def export(
                 written += plan.sizes[file]
                 done += plan.sizes[file]
                 tell(done, total)
-        journal.finish(plan, Path(path))
+        journal.finish(plan, path)
         found.append(Export(journal.folder, written, journal.kept))
     return found
 
@@ -89,8 +100,9 @@ def export(
 class _RankPlan:
     """One rank's files and what goes into each."""
 
-    def __init__(self, config, checkpoint, rank, world_size, vocabulary, partitions) -> None:
+    def __init__(self, config, checkpoint, fused, rank, world_size, vocabulary, partitions) -> None:
         self.config, self.checkpoint, self.rank, self.vocabulary = config, checkpoint, rank, vocabulary
+        self._fused: dict[str, tuple[int, int]] = fused
         own = None if partitions is None else partitions[rank]
         decoder = Decoder(config, Communicator(rank, world_size, device="meta"), dtype=torch.float32, device="meta", vocabulary=vocabulary,
                           partition=own)
@@ -103,8 +115,6 @@ class _RankPlan:
         for shard in shards:
             self.files.setdefault(file_of(shard.name, layout.is_streamed(shard.into))[0], []).append(shard)
         self._keys = {shard.name: file_of(shard.name, layout.is_streamed(shard.into))[1] for shard in shards}
-        for file, wanted in self.files.items():
-            self.files[file] = _together(wanted)
         self.sizes = {file: sum(map(checkpoint.bytes_of, wanted)) for file, wanted in self.files.items()}
         self.nbytes = sum(self.sizes.values())
 
@@ -128,7 +138,7 @@ class _RankPlan:
                 os.fsync(opened.fileno())
             part.rename(file)
         except OSError as error:
-            raise ModelError(f"writing {file} failed: {error.strerror}; the export goes on from here when it is started again") from None
+            raise OSError(error.errno, error.strerror, str(file)) from error             # a write's own error names no file
         finally:
             part.unlink(missing_ok=True)
         return {"bytes": file.stat().st_size, "tensors": tensors}
@@ -140,24 +150,38 @@ class _RankPlan:
         own = (*shard.own, *map(range, shard.shape[len(shard.own):]))
         with opened_file(entry.file) as source:
             tensor = source.get_slice(entry.key or shard.name)
+            expert, first = self._fused.get(shard.name, (None, 0))
             for start in range(0, rows, step):
-                part = range(own[0].start + start, own[0].start + min(start + step, rows))
+                part = range(first + own[0].start + start, first + own[0].start + min(start + step, rows))
                 index = tuple(slice(each.start, each.stop) for each in (part, *own[1:]))
-                content = tensor[index].contiguous().view(torch.uint8).numpy()
+                content = tensor[index if expert is None else (slice(expert, expert + 1), *index)].contiguous().view(torch.uint8).numpy()
                 checks.append(hashlib.sha256(content).hexdigest())
                 opened.write(content)
         return {"key": self._keys[shard.name], "dtype": entry.dtype, "shape": list(shard.shape),
                 "stored": stored_of(shard.own, shard.shape), "sha256": checks, "check_rows": step}
 
 
-def _together(shards: list[Shard]) -> list[Shard]:
-    """Two slices of one tensor (a fused gate_up of experts) cannot be one stored slice. Raises ModelError."""
-    names = [shard.name for shard in shards]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ModelError(f"{twice} holds several projections in one tensor, which hetero-attn shard does not cut; stream it from the "
-                         "checkpoint instead (generate --memory-budget), or convert it to one tensor an expert")
-    return shards
+def separate_experts(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Gives a checkpoint whose experts lie fused (mlp.experts.gate_up_proj [E, 2 ffn, C] and down_proj [E, C, ffn]) an entry for each
+    expert's w1, w3 and w2 instead, which lie in it one after the other. Each one's (expert, first row) in its fused tensor.
+
+    Raises ModelError for fused tensors of another shape than config.json asks for.
+    """
+    found, ffn, hidden = {}, config.intermediate_size, config.hidden_size
+    parts = {"gate_up_proj": (2 * ffn, hidden, (("w1", 0, ffn), ("w3", ffn, ffn))), "down_proj": (hidden, ffn, (("w2", 0, hidden),))}
+    for name in [name for name in checkpoint.entries if name.endswith(tuple(f".experts.{each}" for each in parts))]:
+        stem, _, fused = name.rpartition(".")
+        rows, columns, matrices = parts[fused]
+        entry = checkpoint.entries.pop(name)
+        if entry.shape != (config.experts, rows, columns):
+            raise ModelError(f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for {[config.experts, rows, columns]}")
+        for expert in range(config.experts):
+            for matrix, first, count in matrices:
+                own = f"{stem}.{expert}.{matrix}.weight"
+                at = entry.offset + (expert * rows + first) * entry.row_bytes // rows
+                checkpoint.entries[own] = replace(entry, shape=(count, columns), offset=at, key=name)
+                found[own] = expert, first
+    return found
 
 
 def _stored_shape(shard: Shard) -> tuple[int, ...]:
@@ -179,18 +203,20 @@ class _Journal:
             self._keep(manifest.files)
             return
         if self._file.exists():
-            lines = self._file.read_text().splitlines()
-            if not lines or json.loads(lines[0]) != {"source": source}:
+            lines = _lines(self._file)
+            if not lines or lines[0] != {"source": source}:
                 raise ModelError(f"{folder} holds an unfinished export of another source or partition; delete it, or choose another --out")
             for line in lines[1:]:
-                try:
-                    self._keep(json.loads(line))
-                except ValueError:                                       # cut off as it was written: that file is made again
-                    break
+                self._keep(line)
+            self._begin()                            # without what was cut off at its end
             return
         if any(folder.iterdir()):
             raise ModelError(f"{folder} is not empty and no export; choose another --out")
-        self._file.write_text(json.dumps({"source": source}) + "\n")
+        self._begin()
+
+    def _begin(self) -> None:
+        lines = [{"source": self.source}, *({name: facts} for name, facts in self.files.items())]
+        _whole(self._file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _keep(self, files: dict) -> None:
         for name, facts in files.items():
@@ -202,7 +228,8 @@ class _Journal:
     def add(self, name: str, facts: dict) -> None:
         self.files[name] = facts
         if not self._file.exists():
-            self._file.write_text(json.dumps({"source": self.source}) + "\n")
+            self._begin()
+            return
         with open(self._file, "a") as opened:
             opened.write(json.dumps({name: facts}) + "\n")
 
@@ -210,14 +237,35 @@ class _Journal:
         """Copies the configuration (and, with the vocabulary's first rank, the tokenizer) and writes the manifest."""
         for name in CONFIGS + (TOKENIZER if plan.rank == 0 else ()):
             if (path / name).is_file():
-                shutil.copyfile(path / name, self.folder / name)
+                _whole(self.folder / name, (path / name).read_bytes())
         manifest = Manifest(plan.rank, len(plan.everyone), plan.vocabulary, plan.config.tied_embeddings, fingerprint(plan.config),
                             plan.everyone, self.files)
         content = json.loads(manifest.to_json()) | {"source": self.source}
-        part = self.folder / f"{MANIFEST}.part"
-        part.write_text(json.dumps(content, indent=1))
-        part.rename(self.folder / MANIFEST)
+        _whole(self.folder / MANIFEST, json.dumps(content, indent=1).encode())
         self._file.unlink(missing_ok=True)
+
+
+def _lines(file: Path) -> list[dict]:
+    """A journal's whole lines; the last may have been cut off as it was written, and its file is then made again."""
+    found = []
+    for line in file.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def _whole(file: Path, content: bytes) -> None:
+    """Writes a small file whole or not at all. Raises OSError that names it."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        part.write_bytes(content)
+        part.rename(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _source(checkpoint: Checkpoint, world_size: int, everyone: Sequence[Partition]) -> str:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import torch
 
 from hetero_attn.models.batch import Sequence
+from hetero_attn.models.config import ModelError
 
 
 def folder() -> Path:
@@ -27,7 +30,10 @@ def folder() -> Path:
 
 
 class RestartLog:
-    """The log at `path`; `prompts` and `params` tell whether what lies there is of the same request. seed: the one to go on with."""
+    """The log at `path`; `prompts` and `params` tell whether what lies there is of the same request. seed: the one to go on with.
+
+    Raises ModelError, from whatever writes, where the file cannot be written.
+    """
 
     def __init__(self, path: Path, prompts: SequenceOf, params) -> None:
         self.path, self.shown, self.seed = Path(path), 0, params.seed
@@ -44,9 +50,9 @@ class RestartLog:
                 self._tokens.setdefault(line["sequence"], []).append(line["token"])
                 self._states[line["sequence"]] = base64.b64decode(line["random"]) if line["random"] else None
         else:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
+            with self._errors_told():
+                self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self.path.unlink(missing_ok=True)
             self._write({"request": request, "seed": self.seed})
 
     @property
@@ -80,11 +86,22 @@ class RestartLog:
             self.path.unlink()
 
     def _write(self, line: dict) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        content = json.dumps(line).encode() + b"\n"
+        with self._errors_told():
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                if os.write(descriptor, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _errors_told(self) -> Iterator[None]:
         try:
-            os.write(descriptor, json.dumps(line).encode() + b"\n")
-        finally:
-            os.close(descriptor)
+            yield
+        except OSError as error:
+            raise ModelError(f"the tokens that --restart would go on from cannot be written to {self.path}: {error.strerror}; free some "
+                             "space there, set HETERO_ATTN_CACHE_DIR to another folder, or leave --restart out") from None
 
     def _read(self) -> list[dict]:
         found = []

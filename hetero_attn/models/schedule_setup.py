@@ -32,6 +32,9 @@ log = logging.getLogger("hetero_attn")
 def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     """The schedule of a loaded decoder. All ranks call this together. Raises ValueError for damaged costs in rank 0's overlay."""
     communicator = decoder.communicator
+    if decoder.window is not None and communicator.world_size > 1 and communicator.rank == 0 and profile.schedule in ("weave", "tiled"):
+        log.warning("schedule %s is not used, steps run plain: weights are streamed, every part of the rows would load them once more, "
+                    "and sums hide behind the disk anyway; leave --memory-budget and window out, or schedule at auto", profile.schedule)
     if communicator.world_size == 1 or decoder.window is not None:                   # all ranks stream, or none (agreement.py)
         return Schedule()
     overlap = profile.overlap

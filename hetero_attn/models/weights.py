@@ -14,7 +14,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -232,12 +232,16 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 @contextmanager
 def opened_file(file: Path) -> Iterator:
-    """The file as the format's own reader maps it; what that reader objects to becomes a ModelError."""
-    try:
-        with safe_open(file, framework="pt") as opened:
+    """The file as the format's own reader maps it; what that reader objects to becomes a ModelError. An OSError of the block is its own."""
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read: {error}; fetch the file again") from None
+        try:
             yield opened
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} cannot be read: {error}; fetch the file again") from None
+        except SafetensorError as error:
+            raise ModelError(f"{file} cannot be read: {error}; fetch the file again") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -46,6 +46,7 @@ from hetero_attn.parallel.rank_watch import RankWatch
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 PR_SET_PDEATHSIG = 1
 FOLDER = "hetero-attn-ranks-"                        # + the launching process, + a random end
+FIRST = "arguments.0"
 
 
 class RankFailure(RuntimeError):
@@ -70,12 +71,14 @@ def run_ranks(
     timeout_s: float | None = None,
     threads: int | None = None,
     env: Mapping[str, str] | None = None,
+    first_args: Sequence[Any] | None = None,
 ) -> list[Any]:
     """fn(*args) in `world_size` new processes on this host, under torchrun's environment; their results in rank order.
 
     fn is a top-level function; it, its arguments and its (small) results are pickled. As with every spawned process, a script that
     calls this needs `if __name__ == "__main__":`. timeout_s: limit for the whole run, None = none. threads: CPU threads of a rank
-    (default: cores // ranks, at least 1). env: further environment of the ranks, in place before they import anything.
+    (default: cores // ranks, at least 1). env: further environment of the ranks, in place before they import anything. first_args: what
+    rank 0 gets in place of args, and no other rank is ever given.
     Signals that would end this process end the ranks first. Raises RankFailure, ValueError for a world_size below 1, TypeError
     for a function that cannot be pickled.
     """
@@ -97,8 +100,12 @@ def run_ranks(
             monitor_interval=0.1, rdzv_backend=LoopbackRendezvous.NAME, local_addr="127.0.0.1",
             logs_specs=DefaultLogsSpecs(log_dir=str(folder)), **_signal_option(),
         )
-        # The launcher substitutes $-macros in string arguments, so ours travel inside a tuple.
+        # The launcher gives every rank the same arguments, and substitutes $-macros in strings: ours travel inside a tuple, and what is
+        # rank 0's alone in a file that it deletes as it reads it.
         call = (fn, tuple(args), str(folder), os.getpid(), threads)
+        if first_args is not None:
+            with open(folder / FIRST, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                pickle.dump(tuple(first_args), file)
         caught = failure = None
         with _signals_restored():
             try:
@@ -140,6 +147,11 @@ def _run_rank(call: tuple) -> bytes:
     if int(os.environ["WORLD_SIZE"]) > 1:
         schedule_in_batches()
     try:
+        own = Path(folder) / FIRST
+        if rank == 0 and own.exists():
+            content = own.read_bytes()
+            own.unlink()
+            args = pickle.loads(content)
         return pickle.dumps(fn(*args))               # here, so that a result that cannot be pickled is this rank's failure
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
