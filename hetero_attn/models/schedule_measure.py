@@ -80,8 +80,11 @@ class _Points:
     def settle(self, repeats: int) -> None:
         """Pass after pass over all of them until each has its calls; then again those that spread or do not fit their neighbours."""
         self._passes(list(self.calls), repeats)
-        for doubtful in (self._spread, self._unlike):
-            self._passes(doubtful(), 2 * repeats)
+        self._passes(self._spread(), 2 * repeats)
+        unlike = self._unlike()
+        for point in unlike:                         # anew: whatever disturbed them lasted through all their calls
+            self.tries[point] = []
+        self._passes(unlike, repeats)
 
     def costs(self) -> Costs:
         found: dict[str, list[tuple[int, float]]] = {}

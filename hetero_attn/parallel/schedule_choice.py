@@ -150,7 +150,7 @@ class Auto(Plain):
         choices = [(plain or Cut.at(total), False)]
         if total >= self.places.min_tokens:
             choices += [(self.places.weave(total, parts), False) for parts in ([self.parts] if self.parts else range(2, MOST_PARTS + 1))]
-            choices += [(self.places.tiled(total, tiles, self.costs), False) for tiles in ([self.tiles] if self.tiles else TILES)]
+            choices.append((Tiled(self.places, self.tiles, self.costs).cut(counts, lengths), False))
         if self.use_codec is not None and CODED_SUM in self.costs.pieces:
             choices += [(cut, True) for cut, _ in choices]
         seconds = [self.costs.seconds(cut, counts, lengths, coded=coded) for cut, coded in choices]

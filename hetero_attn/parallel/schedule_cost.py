@@ -16,6 +16,8 @@ ATTENTION, MLP = "attention", "mlp"
 KINDS = (ATTENTION, MLP)                             # of a layer's blocks, in order
 PIECES = tuple(f"{kind}_{piece}" for kind in KINDS for piece in (INNER, PRODUCT))
 CODED_SUM = "coded_sum"                              # a sum by the lossy codec that the link would gain by
+FURTHER = 0.015                                      # of a step's time, for each part beyond two: threads that wake, caches that cool
+                                                     # (512 tokens, 2 ranks on 2 cores: 1.5 to 2 % at 300 Mbit/s and at 1 Gbit/s)
 SIMULATED_LAYERS = 4                                 # the pattern repeats: more layers tell no more
 
 
@@ -73,10 +75,10 @@ class Costs:
 
     def seconds(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                 ) -> float:
-        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain."""
+        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain, and with FURTHER."""
         plain = self.simulated(Cut.at(cut.total), counts, lengths, layers, coded=coded).seconds
         gain = plain - self.simulated(cut, counts, lengths, layers, coded=coded).seconds
-        return plain - (self.efficiency * gain if gain > 0 else gain)
+        return (plain - (self.efficiency * gain if gain > 0 else gain)) * (1 + FURTHER * max(len(cut.tiles) - 2, 0))
 
     def settings(self) -> list[str]:
         """As the profile's overlap.measured holds them: 'what rows milliseconds'."""
