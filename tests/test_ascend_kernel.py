@@ -5,6 +5,7 @@ The interpreter multiplies bf16 wrongly, so bf16 products are made in fp32 there
 """
 
 import os
+import zlib
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -74,9 +75,19 @@ def backend():
         yield
 
 
+# One case of each feature, and a third of the rest by the sum of their names; HETERO_ATTN_FULL=1 runs them all.
+QUICK = ("causal-5x49-fp32", "window-3,5-causal-49x5-fp32", "alibi-per-batch-causal-5x49-fp32",
+         "softcap-causal-fp32", "sinks-normal-bfloat16-49x5-fp32", "mask-bias -inf-bfloat16-fp32", "mask-min-causal-float32-fp32",
+         "mask-empty rows-b1q1-fp32",
+         "memory-interleaved-bshd-operands-fp32", "varlen-mixed-everything-fp32", "paged-16-everything-decode-fp32",
+         "poison-nan-varlen-everything-fp32", "head_dim-13-13-fp32", "numbers-logits-of-1e4-fp32", "batch-0-fp32",
+         "lengths-5x0-fp32", "everything-fp16", "causal-37x37-bf16")
+
+
 def chosen() -> list[AttentionCase]:
-    """All that need no gradient; torch's autograd sees through no Triton kernel."""
-    return [case for case in attention_cases() if not case.gradients and case.dtype != torch.float64]
+    cases = [case for case in attention_cases() if not case.gradients and case.dtype != torch.float64]
+    assert set(QUICK) <= {case.name for case in cases}
+    return [case for case in cases if full_grid() or case.name in QUICK or zlib.crc32(case.name.encode()) % 3 == 0]
 
 
 def check_quickly(case):
