@@ -30,7 +30,8 @@ from hetero_attn.testing.cases import AttentionCase
 from hetero_attn.testing.test_attention_hypothesis import dense_cases, varlen_cases
 
 NAME = "ascend-kernel-emulated"
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")          # numpy on poison
+pytestmark = [pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),            # numpy on poison
+              pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]           # the interpreter's own
 
 
 def reduce_by_numpy():
