@@ -130,14 +130,16 @@ def markdown(title: str, cells: Sequence[Cell], lines: Sequence[Line], tiled: Se
             elif name in (NO_COMM, "plain"):
                 row.append(f"{cell.time(name):.3f} ({cell.simulated[name]:.3f})")
             else:
-                measured, simulated = [f"{cell.time(name):.3f}"], [f"{cell.simulated[name]:.3f}"]
-                if cell.share > LEAST_SHARE:
-                    measured, simulated = measured + [f"{cell.hidden(name):.0%}"], simulated + [f"{cell.reachable(name):.0%}"]
-                row.append(f"{', '.join(measured)} ({', '.join(simulated)})")
+                shared = cell.share > LEAST_SHARE
+                text_of = f"{cell.time(name):.3f}" + (f", {cell.hidden(name):.0%}" if shared else "")
+                if name in cell.simulated:
+                    text_of += f" ({cell.simulated[name]:.3f}" + (f", {cell.reachable(name):.0%})" if shared else ")")
+                row.append(text_of)
         text.append(f"| {cell.link} | {cell.shape} | {cell.name} | {cell.share:.0%} | {cell.busy:.0%} | " + " | ".join(row) + " |")
     mixed = [cell for cell in cells if len(cell.counts) > 1 and "auto" in cell.seconds]
     if mixed:
-        text += ["", "Throughput of mixed batches, tokens a second:", "", "| link | model | tokens | plain | auto | gain |", "|" + "---|" * 6]
+        text += ["", "Throughput of mixed batches, tokens a second:", "",
+                 "| link | model | tokens | plain | auto | gain |", "|" + "---|" * 6]
         text += [f"| {cell.link} | {cell.shape} | {cell.name} | {sum(cell.counts) / cell.time('plain'):.0f} | "
                  f"{sum(cell.counts) / cell.time('auto'):.0f} | {cell.time('plain') / cell.time('auto'):.2f}x |" for cell in mixed]
     if tiled:
