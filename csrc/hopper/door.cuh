@@ -1,8 +1,9 @@
 // One unit of the ranks' tensors: summed over them, or written to all of them, by the door that the build has.
 //
 // MULTIMEM: the switch sums and broadcasts, where every rank's tensor lies at the same offset of its symmetric memory. Without it, and where
-// the offsets differ (a rank whose heap is fuller), a loop over the peers' pointers. Both sum in fp32 and round once to the format; the loop
-// in rank order, so that the results are the same bits wherever they are made.
+// the offsets differ (a rank whose heap is fuller), a loop over the peers' pointers. Both sum in fp32 and round once to the format. The loop
+// sums in rank order: the same bits on every run. In which order the switch sums is the switch's: each sum is made once and given to all
+// ranks, so they hold the same bits, but that the next run gives the same ones nobody has promised or tried.
 #pragma once
 #include "barrier.cuh"
 
