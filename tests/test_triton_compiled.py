@@ -25,6 +25,7 @@ from hetero_attn_triton.tiling import Device, Tile, plan  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from hetero_attn.collectives.codec.features import FeatureTable  # noqa: E402
 from hetero_attn.spec import Operands  # noqa: E402
 from hetero_attn.testing.attention_cases import full_grid  # noqa: E402
 from hetero_attn.testing.cases import AttentionCase  # noqa: E402
@@ -151,6 +152,27 @@ def test_amd(name):
     assert (case.dtype == torch.float32 or text.count("v_mfma_f32") >= 8) and made[0][1].metadata.shared <= 65536
     spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
     assert spilled and int(spilled[1]) == 0
+
+
+def test_norms_and_codecs_compile():
+    """What the interpreter lets pass and the compiler may not: types, scalars that are 1 and become constants."""
+    launcher = CompilingLauncher("sm_90")
+    backend, bf16 = TritonBackend(launcher), {"dtype": torch.bfloat16}
+    x, weight = torch.zeros(3, 8192, **bf16), torch.ones(8192, **bf16)
+    backend.rms_norm(x, weight, 1e-5)
+    backend.add_rms_norm(x, x.clone(), weight, 1e-5, 1.0, weight.float())
+    codec, body = backend.codec_kernels("cpu"), torch.zeros(1000, dtype=torch.uint8)
+    for count, bits in ((1, 4), (100, 8)):
+        codec.pack_groups(x.flatten()[:count], bits, body)
+        codec.unpack_groups(body, bits, torch.zeros(count), bits == 8)
+    for features, row_factors in ((1, False), (64, True)):
+        table = FeatureTable(torch.ones(features), torch.zeros(features), torch.arange(features // 8), row_factors=row_factors)
+        codec.pack_features(x.flatten()[:70], 1, table, body)
+        codec.unpack_features(body, 1, table, torch.zeros(70), row_factors)
+    made = dict(launcher.compiled)
+    assert set(made) == set(kernels()) - {"attention", "combine"}
+    assert "ld.global.v4" in made["rms_norm"].asm["ptx"] and "div.rn.f32" in made["pack_groups"].asm["ptx"]
+    assert "fma" not in made["unpack_features"].asm["ptx"]          # the definition rounds the product before it adds the mean
 
 
 @needs_nvdisasm

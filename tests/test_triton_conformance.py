@@ -33,7 +33,7 @@ SHARE = 33                                           # one case in so many of th
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own: test_in_the_interpreter")
 full = pytest.mark.skipif(not FULL, reason="HETERO_ATTN_FULL=1 runs it: half a second a call in the interpreter")
 SUPPORTED = [case for case in attention_cases(full=False) if not case.gradients and case.dtype != torch.float64]
-GRID = SUPPORTED if FULL else SUPPORTED[:: SHARE]
+GRID = (SUPPORTED if FULL else SUPPORTED[:: SHARE]) if INTERPRETED else []
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,7 +73,7 @@ def own_cases():
                         **(several | {"dtype": torch.float32, "is_causal": True}))
 
 
-OWN = list(own_cases())
+OWN = list(own_cases()) if INTERPRETED else []
 
 
 @inside

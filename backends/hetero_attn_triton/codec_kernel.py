@@ -60,7 +60,7 @@ def _divisor(scale):
     return tl.where(scale > 0.0, scale, INFINITY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def pack_groups_kernel(X, BODY, BAD, count, groups, most, EIGHT: tl.constexpr, BLOCK: tl.constexpr):
     """X [count] -> BODY: a bf16 scale a group, then the q of all. BAD int32 [programs]: whether a value is not finite."""
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                                           # [BLOCK]
@@ -87,7 +87,7 @@ def pack_groups_kernel(X, BODY, BAD, count, groups, most, EIGHT: tl.constexpr, B
         tl.store(BODY + edge + group[:, None].to(tl.int64) * 16 + j, byte, mask=in_low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def unpack_groups_kernel(BODY, OUT, count, groups, EIGHT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """BODY -> OUT fp32 [count], written or added to. One value a lane, BLOCK a program."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -116,7 +116,7 @@ def _nibble(BODY, edge, at, count, inside):
     return (((tl.where(upper, byte >> 4, byte) & 15) ^ 8) - 8).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "features", "edge", "first_row"])
 def row_factors_kernel(X, SCALE, MEAN, BODY, BAD, first, count, features, edge, first_row, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     """A program a row: whether a value of it is not finite (BAD int32 [rows]); WRITE: its bf16 factor at byte edge + 2 * row."""
     row = tl.program_id(0)
@@ -139,7 +139,7 @@ def row_factors_kernel(X, SCALE, MEAN, BODY, BAD, first, count, features, edge, 
         _store_bits(BODY, edge + row.to(tl.int64) * 2 + tl.arange(0, 1), _bf16_bits(factor), tl.full([1], 1, tl.int1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "skipped", "wide", "features", "outliers"])
 def pack_outliers_kernel(X, OUTLIERS, BODY, SATURATED, first, skipped, wide, features, outliers, BLOCK: tl.constexpr):
     """The `wide` outliers among X as bf16, in their order. skipped: outliers before `first`. SATURATED int32 [programs]: became Inf."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -165,7 +165,7 @@ def _steps(X, REST, SCALE, MEAN, BODY, place, mask, skipped, first, first_row, f
     return steps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "skipped", "first_row", "features", "rest", "factors_at", "edge"])
 def pack_features_kernel(
     X, REST, SCALE, MEAN, BODY, SATURATED, first, count, skipped, first_row, features, rest, factors_at, edge,
     FACTORS: tl.constexpr, BLOCK: tl.constexpr,
@@ -188,7 +188,7 @@ def pack_features_kernel(
     tl.store(BODY + edge + group[:, None] * 16 + j, ((q_low.to(tl.int32) & 15) | (high_bits << 4)).to(tl.uint8), mask=in_low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "kept", "skipped", "first_row", "features", "outliers", "factors_at", "edge"])
 def unpack_features_kernel(
     BODY, BEFORE, STEP, MEAN, OUT, first, count, kept, skipped, first_row, features, outliers, factors_at, edge,
     FACTORS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
