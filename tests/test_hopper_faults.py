@@ -79,8 +79,7 @@ FAULTS = {
         FUSED, "      store_own(call.residual, call.residual_kind, in_shard + unit, y);\n    }\n    if (call",
         "    }\n    if (call"),
     "sums in bf16": Fault(
-        "door.cuh", "    for (int i = 0; i < UNIT; i++) total.at[i] += part.at[i];\n  }\n  for",
-        "    for (int i = 0; i < UNIT; i++) total.at[i] = rounded(total.at[i] + part.at[i], X_KIND);\n  }\n  for", world=3,
+        "door.cuh", "total.at[i] += part.at[i];", "total.at[i] = rounded(total.at[i] + part.at[i], X_KIND);", world=3,
         setting={"multicast": False}, quick=True),
     "half of the warps' sums": Fault(
         FUSED, "value = lane < warps ? sums[lane] : 0.0f;", "value = lane < (warps + 1) / 2 ? sums[lane] : 0.0f;",

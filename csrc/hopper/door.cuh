@@ -8,6 +8,8 @@
 #include "barrier.cuh"
 
 constexpr int VECTORS = X_BYTES * UNIT / 16;          // 16-byte vectors of a unit
+constexpr int PEERS = 4 / VECTORS;                    // whose units are loaded at once: 16 registers
+constexpr int AHEAD = 4;                              // 16-byte vectors that a thread has under way at once where it only moves them
 
 static __device__ __forceinline__ bool at_one_offset(const Call& call, const Meeting& told) {
   bool alike = true;
@@ -17,7 +19,7 @@ static __device__ __forceinline__ bool at_one_offset(const Call& call, const Mee
 
 // [UNIT] of the sum over the ranks, as the format holds it.
 static __device__ __forceinline__ Eight sum_over_ranks(const Call& call, const Meeting& told, bool alike, long long unit) {
-  Eight total = {}, part = {};
+  Eight total = {};
   const unsigned long long at = unit * (16 * VECTORS);
 #if defined(MULTIMEM)
   if (alike) {
@@ -25,9 +27,20 @@ static __device__ __forceinline__ Eight sum_over_ranks(const Call& call, const M
     return total;
   }
 #endif
-  for (int rank = 0; rank < call.world; rank++) {
-    for (int v = 0; v < VECTORS; v++) unpack(load_relaxed(told.tensor[rank] + at + 16 * v), X_KIND, 4 * v, part);
-    for (int i = 0; i < UNIT; i++) total.at[i] += part.at[i];
+  for (int begin = 0; begin < call.world; begin += PEERS) {      // several peers' loads are under way before the first is waited for
+    Vector got[PEERS * VECTORS];
+#pragma unroll
+    for (int peer = 0; peer < PEERS; peer++) {
+      if (begin + peer >= call.world) continue;
+      for (int v = 0; v < VECTORS; v++) got[peer * VECTORS + v] = load_relaxed(told.tensor[begin + peer] + at + 16 * v);
+    }
+#pragma unroll
+    for (int peer = 0; peer < PEERS; peer++) {
+      if (begin + peer >= call.world) continue;
+      Eight part = {};
+      for (int v = 0; v < VECTORS; v++) unpack(got[peer * VECTORS + v], X_KIND, 4 * v, part);
+      for (int i = 0; i < UNIT; i++) total.at[i] += part.at[i];
+    }
   }
   for (int i = 0; i < UNIT; i++) total.at[i] = rounded(total.at[i], X_KIND);
   return total;
