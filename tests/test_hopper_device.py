@@ -143,18 +143,20 @@ def test_a_tensor_within_an_allocation_is_found_by_its_offset():
             symmetric.buffers_of(SimpleNamespace(**vars(handle) | wrong), own, base)
 
 
-@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("refused", [None, "meet", "enter"])
 def test_the_group_of_torchs_memory_ends_with_the_communicator_or_with_the_way(monkeypatch, refused):
     ended, groups = [], []
     own = {rank: torch.ones(1024, dtype=torch.uint8) for rank in range(2)}
 
     def rendezvous(tensor, name):
         rank = 0 if tensor is own[0] else 1
-        if refused and rank:
+        if refused == "meet" and rank:
             raise RuntimeError("no peer access")
         return SimpleNamespace(rank=rank, world_size=2, multicast_ptr=0, buffer_ptrs=[own[0].data_ptr(), own[1].data_ptr()])
 
     def new_group(backend, timeout):
+        if refused == "enter" and ranks.own:
+            raise RuntimeError("no peer access")
         groups.append(SimpleNamespace(group_name=str(len(groups)), backend=backend))
         return groups[-1]
 
@@ -183,7 +185,7 @@ def test_the_group_of_torchs_memory_ends_with_the_communicator_or_with_the_way(m
         assert all("torch's symmetric memory: rank 1: RuntimeError: no peer access" in each.text for each in outcomes)
     else:
         assert [each.result for each in outcomes] == [0, 0]
-    assert len(groups) == 2 and sorted(map(id, ended)) == sorted(map(id, groups))
+    assert len(groups) == (1 if refused == "enter" else 2) and sorted(map(id, ended)) == sorted(map(id, groups))
 
 
 def test_ipc_gives_every_receiver_a_share_of_its_own(monkeypatch):

@@ -54,21 +54,26 @@ def by_torch(base: Communicator, layout: Layout, overlapping: bool) -> Symmetric
         own = symmetric_memory.empty(layout.size, dtype=torch.uint8, device=base.device)
         return symmetric_memory, _cleared(own, layout)
 
+    def enter() -> None:
+        groups.append(torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=min(base.timeout_s, 1e6))))
+
+    def leave() -> None:
+        while groups:
+            torch.distributed.destroy_process_group(groups.pop())
+
     def meet() -> tuple[Any, list[int]]:
-        handle = symmetric_memory.rendezvous(own, group.group_name)
+        handle = symmetric_memory.rendezvous(own, groups[0].group_name)
         return handle, buffers_of(handle, own, base)
 
-    name = "torch's symmetric memory"
+    name, groups = "torch's symmetric memory", []
     symmetric_memory, own = on_all_ranks(base, name, allocate)
-    limit = timedelta(seconds=min(base.timeout_s, 1e6))
-    group = on_all_ranks(base, name, lambda: torch.distributed.new_group(backend="gloo", timeout=limit))
-    leave = lambda: torch.distributed.destroy_process_group(group)
     try:
+        on_all_ranks(base, name, enter)
         handle, buffers = on_all_ranks(base, name, meet)
     except RuntimeError:
         leave()                                      # its threads and sockets, before the next way is tried
         raise
-    memory = _memory(own, buffers, int(handle.multicast_ptr or 0), name, [handle, group])
+    memory = _memory(own, buffers, int(handle.multicast_ptr or 0), name, [handle])
     memory.leave = leave
     return memory
 
