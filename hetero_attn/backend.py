@@ -50,6 +50,12 @@ class Backend:
         """
         return []
 
+    def communicator_unavailable_reasons(self) -> list[str]:
+        """(optional) Why communicator() cannot be asked on this machine; [] = it can. To override where it needs other things than
+        attention does; this default is unavailable_reasons().
+        """
+        return self.unavailable_reasons()
+
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         """Why this call cannot run here; [] = it runs. Cheap, touches no tensor, and answers without the device too."""
         raise NotImplementedError(f"backend {self.name!r} must say what it supports")

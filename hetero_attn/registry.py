@@ -186,6 +186,14 @@ def unavailable(backend: Backend) -> list[str]:
         return [f"its look at this machine failed: {type(error).__name__}: {error}"]
 
 
+def communicator_unavailable(backend: Backend) -> list[str]:
+    """backend.communicator_unavailable_reasons(), likewise."""
+    try:
+        return list(backend.communicator_unavailable_reasons())
+    except Exception as error:
+        return [f"its look at this machine failed: {type(error).__name__}: {error}"]
+
+
 def objections(backend: Backend, spec: AttentionSpec) -> list[str]:
     """Everything that stands against running `spec` on `backend` here; [] = it runs."""
     return [*unavailable(backend), *backend.unsupported_reasons(spec)]

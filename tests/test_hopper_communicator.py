@@ -6,17 +6,21 @@ What is tested here is everything but the launch and the device's memory: argume
 
 import functools
 import time
+from dataclasses import replace
 
 import hopper_scenarios as scenarios
 import pytest
 import torch
-from hetero_attn_hopper import abi, plan
+from hetero_attn_hopper import HopperBackend, abi, plan
+from hetero_attn_hopper.communicator import HopperCommunicator
 from hetero_attn_hopper.kernels import UNICAST
 from hetero_attn_hopper.layout import Layout
 from hetero_attn_hopper.making import hopper_communicator
 from hopper_emulated import EmulatedDevice, Node, emulated, emulated_profile
 from native import needs_compiler
 
+from hetero_attn import registry
+from hetero_attn.collectives import choose_communicator
 from hetero_attn.communicator import CommunicatorError, add_and_norm
 from hetero_attn.profile import load_profile, shipped_profiles
 from hetero_attn.testing.collective_behaviour import BEHAVIOURS
@@ -247,9 +251,60 @@ def test_reasons_against_it():
             if self.rank:
                 raise ValueError("no kernel image")
 
+    class Unsure(EmulatedDevice):
+        def objections(self, facts, rank):
+            if rank:
+                raise AssertionError("Invalid peer device id")
+            return []
+
+    class Mute(EmulatedDevice):
+        def facts(self, device):
+            if self.rank:
+                raise RuntimeError("NVML: not supported")
+            return super().facts(device)
+
+    began = time.monotonic()
+    assert "rank 1: whether it reaches the others' devices cannot be told: AssertionError: Invalid peer" in reasons(device=Unsure)
+    assert "rank 1: its device does not describe itself: RuntimeError: NVML" in reasons(device=Mute)
+    assert time.monotonic() - began < 5
     assert "rank 1: rank 0 is on another host" in reasons(device=Elsewhere)
     assert "got no memory in common (5 MiB each): CUDA out of memory" in reasons(device=Full)
     assert "the kernels: rank 1: ValueError: no kernel image" in reasons(device=Broken)
+
+
+def test_memory_is_left_when_there_is_no_communicator_after_all():
+    left = []
+
+    class Broken(EmulatedDevice):
+        def symmetric(self, base, layout, facts):
+            memory = super().symmetric(base, layout, facts)
+            memory.leave = lambda: left.append(self.rank)
+            return memory
+
+        def prepare(self, kernels, device):
+            raise ValueError("no kernel image")
+
+    assert "no kernel image" in reasons(device=Broken) and sorted(left) == [0, 1]
+
+
+def test_the_collectives_do_not_need_attention():
+    """A torch without FlashAttention, or a device too old for it, keeps the communicator."""
+    class Operators:
+        device = "cpu"
+
+        def unavailable_reasons(self):
+            return ["this torch is built without FlashAttention"]
+
+    class Collectives(HopperBackend):
+        def communicator(self, base, profile):
+            return hopper_communicator(base, profile, EmulatedDevice(node, base.rank))
+
+    node, profile = Node(2), replace(emulated_profile(), communicators=("half-hopper", "distributed"))
+    backend = Collectives(Operators(), EmulatedDevice(node, 0))
+    assert backend.unavailable_reasons() and not backend.communicator_unavailable_reasons()
+    with registry.register("half-hopper", lambda: backend):
+        outcomes = on_threads(lambda communicator: type(communicator), 2, wrap=lambda base: choose_communicator(profile, base)[0])
+    assert results(outcomes) == [HopperCommunicator] * 2
 
 
 def test_a_world_of_one_has_nothing_to_exchange():

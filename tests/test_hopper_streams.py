@@ -17,6 +17,10 @@ from hopper_emulated import EmulatedDevice, Node, emulated, emulated_profile
 from native import needs_compiler
 from schedule_models import TOLERANCE, family_decoder, run_batch
 
+from hetero_attn.communicator import CommunicatorError
+from hetero_attn.models.batch import Batch, Sequence
+from hetero_attn.models.control import Driver
+from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.schedule_ctas import Ctas, sweep_ctas
 from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.parallel.schedule_choice import Given, Places, Schedule
@@ -55,7 +59,7 @@ class Books:
     """In torch.cuda's place: streams, and for each piece of work what is ordered before it."""
 
     def __init__(self):
-        self.before, self.capturing = {}, False
+        self.before, self.capturing = {}, 0              # the number of the capture
         self.main = self.current = BookStream(self)
 
     def Stream(self, device=None, priority=0):
@@ -63,9 +67,6 @@ class Books:
 
     def current_stream(self, device=None):
         return self.current
-
-    def is_current_stream_capturing(self):
-        return self.capturing
 
     @contextmanager
     def stream(self, stream):
@@ -80,6 +81,9 @@ class StreamDevice(EmulatedDevice):
     def __init__(self, node, rank):
         super().__init__(node, rank)
         self.streams, self.launches = Books(), 0
+
+    def capture(self, device):
+        return self.streams.capturing
 
     def launch(self, kernel, grid, block, shared_bytes, call, device):
         self.launches += 1
@@ -177,13 +181,13 @@ def test_under_a_capture_only_what_it_captured_is_waited_for():
     def run(communicator, books):
         communicator.all_reduce(torch.ones(600))
         outside = set(books.before)
-        books.capturing, books.current = True, BookStream(books)       # torch.cuda.graph captures on a stream of its own
+        books.capturing, books.current = 1, BookStream(books)       # torch.cuda.graph captures on a stream of its own
         kept = communicator.empty((8, 16), torch.bfloat16)
         norm(communicator, "start_", "layers.0.o_proj").wait()
         inside = set(books.before) - outside
         address = kept.data_ptr()
         del kept
-        books.capturing, books.current = False, books.main
+        books.capturing, books.current = 0, books.main
         later = [communicator.empty((8, 16), torch.bfloat16) for _ in range(20)]
         communicator.all_reduce(torch.ones(600))
         last = next(name for name in books.before if name not in outside | inside)
@@ -192,6 +196,108 @@ def test_under_a_capture_only_what_it_captured_is_waited_for():
 
     waited, outside_waits, reused = on_streams(run)
     assert waited == [set()] and outside_waits == set() and not reused
+
+
+def test_each_capture_waits_for_its_own_calls_alone():
+    """One graph after the other, as for several batch sizes: an event of another capture may not be waited for."""
+    def run(communicator, books):
+        calls = []
+        for capture in (1, 2):
+            books.capturing, books.current = capture, BookStream(books)
+            before = set(books.before)
+            for _ in range(2):
+                norm(communicator, "", "layers.0.o_proj")
+            calls.append(sorted((name for name in set(books.before) - before), key=lambda name: int(name[0].split()[1])))
+        return calls, books.before
+
+    (first, second), before = on_streams(run)
+    assert first[0] in before[first[1]] and second[0] in before[second[1]]
+    assert not set(first) & (before[second[0]] | before[second[1]])
+
+
+def test_calls_beside_a_capture_still_follow_one_another():
+    def run(communicator, books):
+        communicator.all_reduce(torch.ones(600))
+        books.capturing, books.current = 1, BookStream(books)
+        communicator.all_reduce(torch.ones(600))
+        books.capturing, books.current = 0, BookStream(books)
+        communicator.all_reduce(torch.ones(600))
+        return books.before
+
+    one, _, three = sorted((before := on_streams(run)), key=lambda name: int(name[0].split()[1]))
+    assert one in before[three]
+
+
+def test_a_call_started_under_a_capture_and_dropped_is_joined():
+    def run(communicator, books):
+        books.capturing, books.current = 1, BookStream(books)
+        handle = norm(communicator, "start_", "layers.0.o_proj")
+        del handle
+        books.current.work("the capture's end")
+        books.capturing, books.current = 0, books.main
+        handle = norm(communicator, "start_", "layers.0.o_proj")
+        del handle                                   # outside there is nothing to join
+        books.main.work("later")
+        return books.before
+
+    before = on_streams(run)
+    captured, free = sorted((name for name in before if isinstance(name, tuple)), key=lambda name: int(name[0].split()[1]))
+    assert captured in before["the capture's end"] and free not in before["later"]
+
+
+def test_memory_handed_out_on_one_stream_is_given_to_another_behind_it():
+    def run(communicator, books):
+        kept = communicator.empty((8, 16), torch.bfloat16)
+        books.main.work("writes there")
+        address = kept.data_ptr()
+        del kept
+        other = books.Stream()
+        with books.stream(other):
+            again = communicator.empty((8, 16), torch.bfloat16)
+            other.work("writes there too")
+        return again.data_ptr() == address, books.before
+
+    same, before = on_streams(run)
+    assert same and "writes there" in before["writes there too"]
+
+
+def told_late(communicator, books):
+    """A call whose kernel runs into the time-out after the host has gone on: what the device then writes."""
+    norm(communicator, "", "layers.0.o_proj")
+    number = communicator._number
+    communicator._memory.status.fill_(1 << 56 | 1 << 48 | 0 << 40 | 1 << 32 | number)
+
+
+def test_the_last_calls_time_out_is_told_when_results_are_read():
+    def run(communicator, books):
+        if communicator.rank:
+            norm(communicator, "", "layers.0.o_proj")
+            return None
+        told_late(communicator, books)
+        logits = torch.tensor([[0.0, 1.0], [1.0, float("nan")]])
+        driver = Driver(SimpleNamespace(communicator=communicator, device=torch.device("cpu")))
+        driver.cache = SimpleNamespace(num_blocks=9, block_size=16)
+        driver.add_sequence, driver.forward = iter(range(9)).__next__, lambda *_: logits
+        sequences = [Sequence(index, [1, 2], SamplingParams(), 4) for index in range(2)]
+        batch = Batch(driver, sequences, max_batch=2, prefill_chunk=16)
+        with pytest.raises(CommunicatorError, match=r"all_reduce_rms_norm of x \[40, 16\] bfloat16 at .*o_proj failed .*rank 1 did not"):
+            batch.step()
+        return driver.broken, [sequence.output for sequence in sequences]
+
+    assert on_streams(run) == (True, [[], []])
+
+
+def test_a_time_out_that_nobody_has_read_is_logged_by_close(caplog):
+    def run(communicator, books):
+        if communicator.rank == 0:
+            told_late(communicator, books)
+            communicator.close()
+        else:
+            norm(communicator, "", "layers.0.o_proj")
+
+    on_streams(run)
+    assert any("rank 1 did not come" in record.message and "found when the communicator was closed" in record.message
+               for record in caplog.records)
 
 
 def test_the_heap_gives_every_place_once_and_all_of_it_back():
@@ -207,7 +313,7 @@ def test_the_heap_gives_every_place_once_and_all_of_it_back():
         holder, place = found
         assert place.start % 256 == 0 and 1024 <= place.start and place.start + place.size <= 1024 + (1 << 16)
         assert all(place.start + nbytes <= other.start or other.start + other.size <= place.start for other in held.values())
-        heap.used(place.start, Mark(turn, None, False))
+        heap.used(place.start, Mark(turn, None, 0))
         assert heap.holds(place.start, nbytes, nbytes) and not heap.holds(place.start, nbytes + 1, nbytes + 1)
         held[turn] = holder
     del holder, found

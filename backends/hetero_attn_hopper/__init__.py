@@ -2,8 +2,8 @@
 
 The communicator fuses all-reduce, residual add and RMSNorm in one kernel (TokenWeave, arXiv 2505.11329), summed by the switch where there
 is one (multimem), else through the peers' pointers. `plan`, `layout` and `abi` are pure Python; `making` is where the ranks agree; `device`
-is what another device would have to provide. Attention (`attention`, `operators`) is torch's kernels; what they do not express the
-profile's next backend serves.
+is what another device would have to provide. Attention (`attention`, `operators`) is torch's kernels, and those of flash-attn where that is
+installed (`package`); what neither expresses the profile's next backend serves.
 """
 
 from __future__ import annotations
@@ -21,25 +21,32 @@ from hetero_attn_hopper.device import Device
 from hetero_attn_hopper.kernels import cubins
 from hetero_attn_hopper.making import hopper_communicator
 from hetero_attn_hopper.operators import TorchOperators
+from hetero_attn_hopper.package import FlashAttnPackage
 
 ARCH = "sm_90"
 MAX_HEAD_DIM, HEAD_STEP, PAGE_STEP = 256, 8, 256     # of FlashAttention in torch
 
 
 class HopperBackend(Backend):
-    """operators: what computes attention; device: what the communicator runs on. Tests give others."""
+    """operators, package: what computes attention; device: what the communicator runs on. Tests give others."""
 
     name = "hopper"
     judges_lengths = False
 
-    def __init__(self, operators: TorchOperators | None = None, device: Device | None = None) -> None:
-        self.operators, self.device = operators or TorchOperators(), device or CudaDevice()
+    def __init__(
+        self, operators: TorchOperators | None = None, device: Device | None = None, package: FlashAttnPackage | None = None
+    ) -> None:
+        self.operators, self.device, self.package = operators or TorchOperators(), device or CudaDevice(), package or FlashAttnPackage()
         self._reasons: list[str] | None = None
 
     def unavailable_reasons(self) -> list[str]:
         if self._reasons is None:
             self._reasons = self.operators.unavailable_reasons()
         return list(self._reasons)
+
+    def communicator_unavailable_reasons(self) -> list[str]:
+        """Its own: the collectives run where torch has no FlashAttention, and from compute capability 7.0 on."""
+        return self.device.unavailable_reasons()
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         reasons = []
@@ -53,12 +60,26 @@ class HopperBackend(Backend):
             reasons.append(f"head_dim is {spec.head_dim}, FlashAttention takes multiples of {HEAD_STEP} up to {MAX_HEAD_DIM}; use 'sdpa'")
         if spec.v_head_dim != spec.head_dim:
             reasons.append(f"v_head_dim is {spec.v_head_dim}, FlashAttention wants head_dim's {spec.head_dim}; use backend 'sdpa'")
-        if spec.softcap:
-            reasons.append(f"softcap is {spec.softcap:g}, torch's kernels have none; use backend 'triton' or 'sdpa'")
         if spec.mask is not None:
             reasons.append(f"attn_mask is {dtype_name(spec.mask)}, FlashAttention takes none and cuDNN would round it; use backend 'sdpa'")
         if spec.scale <= 0:
             reasons.append(f"scale is {spec.scale:g}, the kernels want it positive; use backend 'sdpa'")
+        return reasons + self._package_reasons(spec)
+
+    def _package_reasons(self, spec: AttentionSpec) -> list[str]:
+        """Of what torch's kernels do not express: why the package does not serve it either."""
+        reasons = []
+        missing = "".join(f"; {reason}" for reason in self.package.reasons()) if attention.needs_package(spec) else ""
+        if missing and spec.softcap:
+            reasons.append(f"softcap is {spec.softcap:g}, torch's kernels have none{missing}, or use backend 'triton' or 'sdpa'")
+        if missing and spec.alibi:
+            reasons.append(f"alibi: torch's FlashAttention is built without it{missing}, or use backend 'triton' or 'sdpa'")
+        if missing and spec.page_size:
+            reasons.append("pages: torch's FlashAttention writes wrong rows when it decodes on them (pytorch#194167), older builds take "
+                           f"none{missing}, or use backend 'triton' or 'sdpa'")
+        if spec.alibi and (spec.return_lse or spec.sinks):
+            asked = "an lse is asked for" if spec.return_lse else "sinks need the lse"
+            reasons.append(f"alibi, and {asked}: FlashAttention's is shifted by row in causal calls; use backend 'triton' or 'sdpa'")
         if spec.page_size % PAGE_STEP:
             reasons.append(f"pages hold {spec.page_size} tokens, FlashAttention takes multiples of {PAGE_STEP}; set kv_block_size, or use "
                            "backend 'triton' or 'sdpa'")
@@ -68,14 +89,17 @@ class HopperBackend(Backend):
         return reasons
 
     def remarks(self, spec: AttentionSpec) -> list[str]:
+        remarks = []
         if attention.rows_see_unlike_keys(spec):
-            return ["keys and values are looked through once for what is not finite, so that it stays with the rows that see it"]
-        return []
+            remarks.append("values are read once more and copied, so that what is not finite stays with the rows that see it")
+        if attention.needs_package(spec):
+            remarks.append("by the package flash-attn, which has not been run here so far")
+        return remarks
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return attention.attention(self.operators, q, k, v, spec, operands)
+        return attention.attention(self.operators, self.package, q, k, v, spec, operands)
 
     def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
         return hopper_communicator(base, profile, self.device)

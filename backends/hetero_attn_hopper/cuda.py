@@ -65,17 +65,26 @@ class CudaDevice:
 
     def objections(self, facts: list[dict[str, Any]], rank: int) -> list[str]:
         own, reasons = facts[rank], []
+        # A rank's number of a GPU means nothing to another, whose CUDA_VISIBLE_DEVICES may be its own: find the peer's GPU by its UUID.
+        visible = {str(getattr(torch.cuda.get_device_properties(index), "uuid", index)): index
+                   for index in range(torch.cuda.device_count())}
         for other, each in enumerate(facts):
             if each["host"] != own["host"]:
                 return [f"rank {other} is on {each['host_name']} and this one on {own['host_name']}: their GPUs reach one another's memory "
                         "on one host only"]
-            if each["name"] != own["name"] and not torch.cuda.can_device_access_peer(own["index"], each["index"]):
-                reasons.append(f"GPU {own['index']} does not reach the memory of rank {other}'s GPU {each['index']} (no NVLink, no PCIe "
-                               "peer access; see nvidia-smi topo -p2p r)")
+            peer = visible.get(each["name"])             # None: not this process's to ask; making the memory will tell
+            if each["name"] != own["name"] and peer is not None and not torch.cuda.can_device_access_peer(own["index"], peer):
+                reasons.append(f"GPU {own['index']} does not reach the memory of rank {other}'s GPU {peer} (no NVLink, no PCIe peer "
+                               "access; see nvidia-smi topo -p2p r)")
         return reasons
 
     def symmetric(self, base: Communicator, layout: Layout, facts: list[dict[str, Any]]) -> SymmetricMemory:
         return symmetric.make(base, layout, overlapping=len({each["name"] for each in facts}) < len(facts))
+
+    def capture(self, device: torch.device) -> int:
+        if not torch.cuda.is_current_stream_capturing():
+            return 0
+        return driver.capture_number(torch.cuda.current_stream(device).cuda_stream)
 
     def shared_bytes(self, device: torch.device) -> int:
         try:

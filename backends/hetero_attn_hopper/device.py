@@ -32,6 +32,9 @@ class Device(Protocol):
     def symmetric(self, base: Communicator, layout: Layout, facts: list[dict[str, Any]]) -> SymmetricMemory:
         """Memory of layout.size bytes that all ranks reach. All ranks call it together. Raises RuntimeError, on all ranks or on none."""
 
+    def capture(self, device: torch.device) -> int:
+        """A number of its own for the graph's capture that the current stream is in; 0 = none."""
+
     def shared_bytes(self, device: torch.device) -> int:
         """The most shared memory of one block."""
 

@@ -13,6 +13,7 @@ from functools import cache
 LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
 MAX_DYNAMIC_SHARED_BYTES = 8                         # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 ATTRIBUTE_SHARED_BYTES = 97                          # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+CAPTURING = 1                                        # CU_STREAM_CAPTURE_STATUS_ACTIVE
 WITHOUT_ASKING = 48 << 10                            # bytes of dynamic shared memory; beyond them a kernel has to ask
 
 
@@ -75,6 +76,14 @@ def load(cubin: bytes, name: str, shared_bytes: int) -> Function:
         check(library().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_BYTES, ctypes.c_int(shared_bytes)),
               f"cuFuncSetAttribute {name} {shared_bytes} B shared")
     return Function(function, name)
+
+
+def capture_number(stream: int) -> int:
+    """The driver's number of the capture that a stream is in, 0 = none (cuStreamGetCaptureInfo_v2). Raises DriverError."""
+    state, number = ctypes.c_int(), ctypes.c_ulonglong()
+    check(library().cuStreamGetCaptureInfo_v2(ctypes.c_void_p(stream), ctypes.byref(state), ctypes.byref(number), None, None, None),
+          "cuStreamGetCaptureInfo")
+    return number.value if state.value == CAPTURING else 0
 
 
 def most_shared_bytes(index: int) -> int:

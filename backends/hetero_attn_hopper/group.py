@@ -49,7 +49,7 @@ class HopperGroup(Communicator):
         self.objections: dict[str, int] = {}         # why calls went to the base, and how many
         self._base = base                            # `base` itself may be exchanged before close(); failures are this one's
         self._launcher, self._memory, self._ctas = device, memory, ctas
-        self._lane = Lane(device.streams, self.device)
+        self._lane = Lane(device.streams, self.device, lambda: device.capture(self.device))
         self._heap = Heap(layout.heap_at, layout.size)
         self._shared_bytes = device.shared_bytes(self.device)
         self._number, self._recent = 0, deque(maxlen=REMEMBERED)
@@ -96,10 +96,11 @@ class HopperGroup(Communicator):
             made.append(tensor)
             return holder
 
-        found = self._heap.take(nbytes, hold, captured=self._lane.capturing)
+        found = self._heap.take(nbytes, hold, captured=bool(self._lane.capture), stream=self._lane.users_stream)
         if found is None:
             return None
         self._lane.wait(found[1].after)
+        self._lane.wait_for_streams(found[1].streams)
         return made[0]
 
     def _place(self, x: torch.Tensor, padded: int) -> int | None:
@@ -171,6 +172,13 @@ class HopperGroup(Communicator):
         return bool(objections)
 
     def close(self) -> None:
-        """Free the group; tensors from empty() stay valid as long as they are referred to."""
+        """Free the group; tensors from empty() stay valid as long as they are referred to. A wait of the last calls that ran into the
+        time-out, and that nobody has been told of, is logged: close() raises nothing."""
+        if self._open and self._base.failure is None:
+            try:
+                self._check_status()
+            except CommunicatorError as error:
+                log.error("%s; found when the communicator was closed", error)
         self._open = False
+        self._memory.close()
         super().close()

@@ -1,8 +1,8 @@
 """Communicator.empty() in symmetric memory: places given back when no tensor's storage refers to them any more.
 
 Ranks' heaps need not agree: what a call needs to know of the others' places it is told in the kernel. A place that a collective has used on
-another stream is handed out again behind that collective (`after`), and what was handed out under a CUDA graph's capture only under
-captures, because a replay uses it again.
+another stream is handed out again behind that collective (`after`), what was handed out on one stream to another only behind that one
+(`streams`), and what was handed out under a CUDA graph's capture only under captures, because a replay uses it again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from hetero_attn_hopper.layout import aligned
 
 
 class Place(NamedTuple):
-    """Bytes of the heap, from `start` on. after: the collective that used them last (lane.Mark), None = no one need wait."""
+    """Bytes of the heap, from `start` on. after: the collective that used them last (lane.Mark), None = no one need wait. streams: on which
+    they were handed out before, so that whoever had them may still use them there."""
 
     start: int
     size: int
     after: Any = None
+    streams: frozenset[Any] = frozenset()
 
 
 def later(a: Any, b: Any) -> Any:
@@ -35,7 +37,7 @@ def later(a: Any, b: Any) -> Any:
 class _Given(weakref.ref):
     """A place handed out: dies with the object that holds it, and knows what to give back. asked: bytes that the tensor has."""
 
-    __slots__ = ("after", "asked", "captured", "heap", "size", "start")
+    __slots__ = ("after", "asked", "captured", "heap", "size", "start", "streams")
 
 
 class Heap:
@@ -49,9 +51,10 @@ class Heap:
         self._returned: deque[_Given] = deque()      # by the collector, in any thread and at any time
         self._lock = threading.RLock()
 
-    def take(self, nbytes: int, hold: Callable[[int, int], Any], *, captured: bool = False) -> tuple[Any, Place] | None:
+    def take(self, nbytes: int, hold: Callable[[int, int], Any], *, captured: bool = False,
+             stream: Any = None) -> tuple[Any, Place] | None:
         """A place of nbytes: (what hold(start, nbytes) made to hold it, the place); None where there is no room. The holder is weakly
-        referable and lives as long as the memory is used."""
+        referable and lives as long as the memory is used. stream: where it is going to be used; None = by collectives alone."""
         size = aligned(nbytes)
         with self._lock:
             while self._returned:
@@ -63,14 +66,15 @@ class Heap:
                     continue
                 place = free.pop(index)
                 if place.size > size:
-                    free.insert(index, Place(place.start + size, place.size - size, place.after))
+                    free.insert(index, Place(place.start + size, place.size - size, place.after, place.streams))
                 holder = hold(place.start, nbytes)
                 given = _Given(holder, _collected)
                 given.heap, given.start, given.size, given.asked = self, place.start, size, nbytes
                 given.after, given.captured = place.after, captured
+                given.streams = place.streams if stream is None else frozenset((stream,))       # which waits for those before
                 self._given[place.start] = given
                 bisect.insort(self._starts, place.start)
-                return holder, Place(place.start, size, place.after)
+                return holder, Place(place.start, size, place.after, place.streams)
         return None
 
     def holds(self, offset: int, nbytes: int, padded: int) -> bool:
@@ -97,14 +101,14 @@ class Heap:
         del self._given[given.start]
         self._starts.remove(given.start)
         free = self._free[given.captured]
-        place = Place(given.start, given.size, given.after)
+        place = Place(given.start, given.size, given.after, given.streams)
         index = bisect.bisect(free, place.start, key=lambda each: each.start)
         free.insert(index, place)
         for left in (index, index - 1):
             if 0 <= left < len(free) - 1:
                 a, b = free[left], free[left + 1]
                 if a.start + a.size == b.start:
-                    free[left : left + 2] = [Place(a.start, a.size + b.size, later(a.after, b.after))]
+                    free[left : left + 2] = [Place(a.start, a.size + b.size, later(a.after, b.after), a.streams | b.streams)]
 
 
 def _collected(given: _Given) -> None:

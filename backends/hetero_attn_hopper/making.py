@@ -25,21 +25,28 @@ FORCIBLE = {"algorithm": ("auto",), "codec": ("none", "auto")}
 def hopper_communicator(base: Communicator, profile: DeviceProfile, device: Device, door: str | None = None) -> Communicator | list[str]:
     """The communicator, or the reasons against it, which are every rank's alike. All ranks call it together. door: one of DOORS, None = the
     best there is. Raises CommunicatorError when a rank is lost meanwhile."""
-    reasons = _own_reasons(base, profile, device)
-    facts = {} if reasons else device.facts(base.device)
+    reasons, facts = _own_reasons(base, profile, device), {}
+    if not reasons:
+        try:
+            facts = device.facts(base.device)
+        except Exception as error:                   # told like any other reason: the other ranks wait for a word
+            reasons = [f"its device does not describe itself: {type(error).__name__}: {error}"]
     own = {"reasons": reasons, "facts": facts, "sizes": sizes_of(profile, base.world_size), "ctas": ctas_of(profile), "door": door}
     told = told_by_all(base, own)
     reasons = [f"rank {rank}: {reason}" for rank, each in enumerate(told) for reason in each["reasons"]]
     if reasons:
         return reasons
     everyone = [each["facts"] for each in told]
-    reasons = [f"rank {rank}: {reason}" for rank, each in enumerate(told_by_all(base, device.objections(everyone, base.rank)))
-               for reason in each]
+    try:
+        objections = device.objections(everyone, base.rank)
+    except Exception as error:
+        objections = [f"whether it reaches the others' devices cannot be told: {type(error).__name__}: {error}"]
+    reasons = [f"rank {rank}: {reason}" for rank, each in enumerate(told_by_all(base, objections)) for reason in each]
     if reasons:
         return reasons
     layout = Layout(*told[0]["sizes"])
     try:
-        memory = device.symmetric(base, layout, everyone)
+        memory = device.symmetric(base, layout, everyone)            # tells itself how every rank fared
     except CommunicatorError:
         raise
     except RuntimeError as error:
@@ -47,6 +54,7 @@ def hopper_communicator(base: Communicator, profile: DeviceProfile, device: Devi
     lacking = told_by_all(base, not_multimem(memory.multicast, everyone[base.rank]["capability"]))
     why = sorted({reason for each in lacking for reason in each})
     if told[0]["door"] == MULTIMEM and why:
+        memory.close()
         return [f"door multimem was asked for: {reason}" for reason in why]
     door = told[0]["door"] or (UNICAST if why else MULTIMEM)
     try:
@@ -54,6 +62,7 @@ def hopper_communicator(base: Communicator, profile: DeviceProfile, device: Devi
     except CommunicatorError:
         raise
     except RuntimeError as error:
+        memory.close()
         return [str(error)]
     return HopperCommunicator(base, device, memory, layout, door, Ctas(*told[0]["ctas"]), why)
 

@@ -6,11 +6,14 @@ Who makes it depends on the device: torch's symmetric memory or CUDA IPC (symmet
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+log = logging.getLogger("hetero_attn")
 
 
 @dataclass
@@ -23,6 +26,7 @@ class SymmetricMemory:
     view       (offset, nbytes) -> an object with weak references that holds these bytes, and a uint8 tensor of them that keeps it alive
     status     int64 [1] of host memory that the device writes; status_address: as the device reaches it
     keep       whatever must live as long
+    leave      ends what was opened to make it (a process group); close() calls it, once
     """
 
     own: torch.Tensor
@@ -33,6 +37,16 @@ class SymmetricMemory:
     status: torch.Tensor
     status_address: int
     keep: list[Any] = field(default_factory=list)
+    leave: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """Calls leave. The memory itself lives as long as a tensor in it. Raises nothing."""
+        leave, self.leave = self.leave, None
+        if leave is not None:
+            try:
+                leave()
+            except Exception as error:               # the others may be gone
+                log.debug("what the symmetric memory was made by did not end: %s", error)
 
     @property
     def address(self) -> int:

@@ -54,31 +54,59 @@ def by_torch(base: Communicator, layout: Layout, overlapping: bool) -> Symmetric
         own = symmetric_memory.empty(layout.size, dtype=torch.uint8, device=base.device)
         return symmetric_memory, _cleared(own, layout)
 
-    def meet() -> Any:
-        limit = timedelta(seconds=min(base.timeout_s, 1e6))
-        group = torch.distributed.new_group(backend="gloo", timeout=limit)
-        return symmetric_memory.rendezvous(own, group.group_name), group
+    def enter() -> None:
+        groups.append(torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=min(base.timeout_s, 1e6))))
 
-    name = "torch's symmetric memory"
+    def leave() -> None:
+        while groups:
+            torch.distributed.destroy_process_group(groups.pop())
+
+    def meet() -> tuple[Any, list[int]]:
+        handle = symmetric_memory.rendezvous(own, groups[0].group_name)
+        return handle, buffers_of(handle, own, base)
+
+    name, groups = "torch's symmetric memory", []
     symmetric_memory, own = on_all_ranks(base, name, allocate)
-    handle, group = on_all_ranks(base, name, meet)
-    return _memory(own, list(handle.buffer_ptrs), int(handle.multicast_ptr or 0), name, [handle, group])
+    try:
+        on_all_ranks(base, name, enter)
+        handle, buffers = on_all_ranks(base, name, meet)
+    except RuntimeError:
+        leave()                                      # its threads and sockets, before the next way is tried
+        raise
+    memory = _memory(own, buffers, int(handle.multicast_ptr or 0), name, [handle])
+    memory.leave = leave
+    return memory
+
+
+def buffers_of(handle: Any, own: torch.Tensor, base: Communicator) -> list[int]:
+    """Where every rank's tensor is: torch gives the allocations' beginnings, and one offset within them for all (multicast_ptr has it in
+    already). Raises RuntimeError where this rank would find its own memory elsewhere."""
+    if (handle.rank, handle.world_size) != (base.rank, base.world_size):
+        raise RuntimeError(f"it takes this for rank {handle.rank} of {handle.world_size}, the communicator for {base.rank} of "
+                           f"{base.world_size}")
+    buffers = [int(each) + int(getattr(handle, "offset", 0)) for each in handle.buffer_ptrs]
+    if len(buffers) != base.world_size or buffers[base.rank] != own.data_ptr():
+        raise RuntimeError(f"its buffer of rank {base.rank} is at {buffers[base.rank]:#x}, the tensor at {own.data_ptr():#x}")
+    return buffers
 
 
 def by_ipc(base: Communicator, layout: Layout, overlapping: bool) -> SymmetricMemory:
     """Each rank's memory, opened by the others through torch's own sharing of CUDA storages between processes."""
 
-    def allocate() -> tuple[torch.Tensor, list[Any]]:
+    def allocate() -> tuple[torch.Tensor, list[list[Any]]]:
         own = _cleared(torch.empty(layout.size, dtype=torch.uint8, device=base.device), layout)
-        # (device, handle, size, offset, counter, its offset, event, whether to wait for it)
-        return own, [each.hex() if isinstance(each, bytes) else each for each in own.untyped_storage()._share_cuda_()]
+        # One for each receiver, since torch counts down one reference a share: (device, handle, size, offset, counter, its offset, event,
+        # whether to wait for it).
+        shares = [[] if rank == base.rank else own.untyped_storage()._share_cuda_() for rank in range(base.world_size)]
+        return own, [[each.hex() if isinstance(each, bytes) else each for each in share] for share in shares]
 
     def open_all() -> list[Any]:
         opened = []
-        for rank, (_, handle, size, offset, counter, counter_offset, event, waits) in enumerate(told):
+        for rank, shares in enumerate(told):
             if rank == base.rank:
                 opened.append(own.untyped_storage())
             else:
+                _, handle, size, offset, counter, counter_offset, event, waits = shares[base.rank]
                 opened.append(torch.UntypedStorage._new_shared_cuda(
                     base.device.index or 0, bytes.fromhex(handle), size, offset, bytes.fromhex(counter), counter_offset,
                     bytes.fromhex(event), waits))

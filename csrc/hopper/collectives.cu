@@ -15,6 +15,22 @@ extern "C" __global__ void __launch_bounds__(1024, 1) hopper_all_reduce(const Ca
   if (!begins(call, blockIdx.x, epoch) || !meet(call, blockIdx.x, ++epoch, 1, told)) return;
   const bool alike = at_one_offset(call, told);
   const long long step = (long long)gridDim.x * blockDim.x;
+#if defined(MULTIMEM)
+  if (alike) {                         // as vectors, whatever they hold: the switch sums and rounds them
+    const long long vectors = VECTORS * call.count;
+    for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < vectors; at += AHEAD * step) {
+      Vector sums[AHEAD];
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+        if (at + i * step < vectors) sums[i] = multimem_sum(call, told.offset[0] + 16 * (VECTORS * call.first + at + i * step));
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+        if (at + i * step < vectors) multimem_store(call, told.offset[0] + 16 * (VECTORS * call.first + at + i * step), sums[i]);
+    }
+    if (meet(call, blockIdx.x, ++epoch, 2, told)) ends(call, blockIdx.x, epoch);
+    return;
+  }
+#endif
   for (long long unit = (long long)blockIdx.x * blockDim.x + threadIdx.x; unit < call.count; unit += step)
     give_unit(call, told, alike, call.first + unit, sum_over_ranks(call, told, alike, call.first + unit));
   if (meet(call, blockIdx.x, ++epoch, 2, told)) ends(call, blockIdx.x, epoch);
@@ -37,8 +53,14 @@ extern "C" __global__ void __launch_bounds__(1024, 1) hopper_all_gather(const Ca
   if (!begins(call, blockIdx.x, epoch) || !meet(call, blockIdx.x, ++epoch, 1, told)) return;     // every rank's result may be written
   const bool alike = at_one_offset(call, told);
   const long long step = (long long)gridDim.x * blockDim.x;
-  for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < call.count; at += step) {
-    give_to_ranks(call, told, alike, 16 * (call.first + at), load_vector(reinterpret_cast<const uint4*>(call.source) + at));
+  for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < call.count; at += AHEAD * step) {
+    Vector own[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      if (at + i * step < call.count) own[i] = load_vector(reinterpret_cast<const uint4*>(call.source) + at + i * step);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      if (at + i * step < call.count) give_to_ranks(call, told, alike, 16 * (call.first + at + i * step), own[i]);
   }
   if (meet(call, blockIdx.x, ++epoch, 2, told)) ends(call, blockIdx.x, epoch);
 }

@@ -7,6 +7,8 @@
 //   agent   the launches of one rank; they follow one another, and each begins with what the last one knew
 //   view    of a thread: for each agent the time up to which its stores are ordered before the thread. A barrier of the block joins views,
 //           an acquire takes over the view that was released with the flag's value
+// A release publishes everything that its agent has let go of so far, other blocks' stores too (one clock an agent): a missing order between
+// two blocks of one rank does not show here. The kernels have none: a CTA meets its own like, and its rows are its own.
 // What no agent stores here (a residual, memory written by torch) is plain memory, seen at once. host_write() is a store by an agent's
 // earlier kernel: what a summand is to the collective that follows.
 #pragma once

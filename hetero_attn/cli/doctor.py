@@ -158,7 +158,7 @@ def _communicators(profile) -> list[dict]:
             found.append({"name": name, "transports": transports, "reasons": reasons})
         else:
             backend = registry.find(name)
-            reasons = list(registry.unavailable(backend))
+            reasons = registry.communicator_unavailable(backend)
             if not reasons and type(backend).communicator is Backend.communicator:
                 reasons = [f"backend {name!r} has no communicator; take it out of communicators"]
             found.append({"name": name, "transports": [], "reasons": reasons})

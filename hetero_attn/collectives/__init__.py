@@ -88,7 +88,7 @@ def choose_communicator(profile: DeviceProfile, base: Communicator) -> tuple[Com
         except registry.UnknownBackendError:
             reasons[name] = [f"there is no backend {name!r} on this machine"]
             continue
-        reasons[name] = backend.unavailable_reasons()
+        reasons[name] = registry.communicator_unavailable(backend)
         if not reasons[name]:
             backends[name] = backend
     offers = _gather_names(base, [name for name in profile.communicators if name == BASE or name in backends])

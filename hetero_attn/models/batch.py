@@ -75,13 +75,18 @@ class Batch:
             [count for _, count in planned],
             [token for sequence, count in planned for token in sequence.tokens(sequence.cached, sequence.cached + count)],
         )                                                                                             # [len(planned), vocab]
-        advanced = []
-        for row, (sequence, count) in enumerate(planned):
-            sequence.cached += count
-            if sequence.cached == sequence.length:
-                history = () if sequence.params.repetition_penalty == 1.0 else sequence.prompt + sequence.output
-                sequence.output.append(sample(logits[row], sequence.params, history, sequence.generator))
-                advanced.append(sequence)
+        advanced, drawn = [], []
+        try:
+            for row, (sequence, count) in enumerate(planned):
+                sequence.cached += count
+                if sequence.cached == sequence.length:
+                    history = () if sequence.params.repetition_penalty == 1.0 else sequence.prompt + sequence.output
+                    drawn.append(sample(logits[row], sequence.params, history, sequence.generator))
+                    advanced.append(sequence)
+        finally:                                     # the logits have been read, and may be what a rank that was lost has left
+            self._driver.raise_if_broken()
+        for sequence, token in zip(advanced, drawn):
+            sequence.output.append(token)
         return advanced
 
     def finish(self, sequence: Sequence) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
+from hetero_attn.communicator import CommunicatorError
 from hetero_attn.models.cache import PagedCache
 
 STOP, NEW_CACHE, ADD, FREE, STEP = range(5)
@@ -66,6 +67,15 @@ class Driver:
         with self._announced(STEP, body):
             return self.model(step, self.cache)
 
+    def raise_if_broken(self) -> None:
+        """To be asked when results have been read: on a device a lost rank is known only once its kernels are done. Raises
+        CommunicatorError."""
+        try:
+            self.communicator.raise_if_broken()
+        except CommunicatorError:
+            self.broken = self.communicator.world_size > 1
+            raise
+
     def close(self) -> None:
         """Releases the workers: their serve() returns. May be called twice."""
         if self._closed:
@@ -106,6 +116,7 @@ def serve(model) -> None:
     while True:
         code, body = receive(model.communicator, model.device)
         if code == STOP:
+            model.communicator.raise_if_broken()                # the last step's kernels are done: the record has been read
             return
         if code == NEW_CACHE:
             cache = None

@@ -73,7 +73,7 @@ def twin(device: torch.device, name: str = "hopper") -> Outcome:
     if name not in registry.names():
         return skipped(f"there is no backend {name!r} here; known are {', '.join(registry.names())}")
     backend = registry.get(name)
-    if reasons := registry.unavailable(backend):
+    if reasons := registry.communicator_unavailable(backend):
         return skipped(f"{name}: {'; '.join(reasons)}")
     return _ranks(name, (str(device), str(device)), WIDTHS, OVERLAPPING)
 
