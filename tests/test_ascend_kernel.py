@@ -30,6 +30,8 @@ from hetero_attn.testing.cases import AttentionCase
 from hetero_attn.testing.test_attention_hypothesis import dense_cases, varlen_cases
 
 NAME = "ascend-kernel-emulated"
+pytestmark = [pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),            # numpy on poison
+              pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]           # the interpreter's own
 
 
 def reduce_by_numpy():
@@ -75,7 +77,7 @@ def backend():
         yield
 
 
-# One case of each feature, and a third of the rest by the sum of their names; HETERO_ATTN_FULL=1 runs them all.
+# One case of each feature, and an eighth of the rest by the sum of their names; HETERO_ATTN_FULL=1 runs them all.
 QUICK = ("causal-5x49-fp32", "window-3,5-causal-49x5-fp32", "alibi-per-batch-causal-5x49-fp32",
          "softcap-causal-fp32", "sinks-normal-bfloat16-49x5-fp32", "mask-bias -inf-bfloat16-fp32", "mask-min-causal-float32-fp32",
          "mask-empty rows-b1q1-fp32",
@@ -87,7 +89,7 @@ QUICK = ("causal-5x49-fp32", "window-3,5-causal-49x5-fp32", "alibi-per-batch-cau
 def chosen() -> list[AttentionCase]:
     cases = [case for case in attention_cases() if not case.gradients and case.dtype != torch.float64]
     assert set(QUICK) <= {case.name for case in cases}
-    return [case for case in cases if full_grid() or case.name in QUICK or zlib.crc32(case.name.encode()) % 3 == 0]
+    return [case for case in cases if full_grid() or case.name in QUICK or zlib.crc32(case.name.encode()) % 8 == 0]
 
 
 def check_quickly(case):
@@ -109,13 +111,13 @@ def fuzz(examples):
                                suppress_health_check=list(hypothesis.HealthCheck))
 
 
-@fuzz(1500 if full_grid() else 40)
+@fuzz(1500 if full_grid() else 15)
 @hypothesis.given(case=dense_cases())
 def test_random_dense_calls(case):
     check(replace(case, gradients=()), NAME)
 
 
-@fuzz(1500 if full_grid() else 40)
+@fuzz(1500 if full_grid() else 15)
 @hypothesis.given(case=varlen_cases())
 def test_random_varlen_calls(case):
     check(replace(case, gradients=()), NAME)

@@ -1,5 +1,6 @@
 """benchmarks/overlap.py: its arithmetic on made-up times, and one small run of the real thing over shared memory."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from overlap.report import Cell, verdicts  # noqa: E402
+from overlap.grid import GRID  # noqa: E402
+from overlap.report import Cell, markdown, verdicts  # noqa: E402
 
 
 def cell(no_comm, plain, weave, auto, counts=(512,)):
@@ -24,6 +26,29 @@ def test_hidden_is_of_the_shorter_lane():
     assert cell(6, 10, 7, 7).hidden("weave 2") == pytest.approx(0.75) and cell(6, 10, 7, 7).share == pytest.approx(0.4)
     assert cell(2, 10, 9, 9).hidden("weave 2") == pytest.approx(0.5)                   # of 2 s of computing, not of 8 s of transfer
     assert cell(6, 10, 7, 7).reachable("weave 2") == pytest.approx(1)
+
+
+def test_a_simulation_promises_no_more_than_all():
+    """Costs of a disturbed moment may make the parts cheaper than the whole."""
+    made = dataclasses.replace(cell(6, 10, 7, 7), simulated={"no comm": 6, "plain": 10, "weave 2": 3})
+    assert made.reachable("weave 2") == 1 and "(3.000, 100%)" in markdown("", [made], [], [], [])
+
+
+def test_of_one_linear_the_cost_model_s_tiles_are_judged():
+    def one(link, tiles, hidden):
+        return {"link": link, "rows": 512, "tiles": tiles, "cut": "256+256", "product_s": 1, "sum_s": 1, "plain_s": 2, "tiled_s": 1.5,
+                "hidden": hidden}
+
+    lines = verdicts([], [one("300 Mbit/s", "chosen", 0.8), one("1 Gbit/s", "chosen", 0.6), one("1 Gbit/s", "8", 0.1),
+                          one("shared memory", "chosen", -1.0)])
+    assert [line.passed for line in lines] == [True, False] and "hides 60%" in lines[1].text
+
+
+def test_the_grid_has_every_link_and_length_and_each_cell_once():
+    assert {each.link for each in GRID} == {"shared memory", "1 Gbit/s", "300 Mbit/s"}
+    assert {256, 512, 1024, 2048, 4096} <= {each.tokens for each in GRID}
+    assert {each.link for each in GRID if not each.tokens} == {"1 Gbit/s", "300 Mbit/s"}
+    assert len({(each.link, each.label, each.tokens) for each in GRID}) == len(GRID)
 
 
 @pytest.mark.parametrize("made, fails", [

@@ -140,7 +140,7 @@ def test_a_path_is_taken_wherever_a_name_is(own_folder, monkeypatch):
     monkeypatch.setenv("HETERO_ATTN_PROFILE", str(path))
     for profile in (load_profile(path), load_profile(str(path)), load_profile("./mine.yaml"), load_profile()):
         assert (profile.name, profile.kv_block_size) == ("mine", 7)
-    with pytest.raises(ProfileError, match=r"^profile file gone\.yaml does not exist; shipped profiles are ascend910a"):
+    with pytest.raises(ProfileError, match=r"^profile file gone\.yaml does not exist; shipped profiles are a100"):
         load_profile("gone.yaml")
     monkeypatch.setenv("HETERO_ATTN_PROFILE", "nobody")
     with pytest.raises(ProfileError, match=r"^unknown profile 'nobody'"):

@@ -150,7 +150,11 @@ def test_machine_code(target, name, tmp_path):
         assert not others.get("LDL") and not others.get("STL")
 
 
-@pytest.mark.parametrize("name", [name for target, name in CHOSEN if target == "gfx942"])
+# Triton 3.6.0's AMD backend: "LLVM Translation failed for operation: builtin.unrealized_conversion_cast". Such a call raises there.
+AMD_FAILS = {"bias-128": pytest.mark.xfail(reason="Triton 3.6.0 does not compile a float mask at 128 features for gfx942", strict=True)}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=AMD_FAILS.get(name, ())) for target, name in CHOSEN if target == "gfx942"])
 def test_amd(name):
     """Matrix instructions in the assembly, no scratch memory, and the LDS that was planned. Nothing of AMD has run anywhere."""
     case = AttentionCase(name, **(BASE | VARIANTS[name]))

@@ -1,9 +1,9 @@
 """Two levels as Triton and its compiler for Ascend can carry them out, and the options by which the compiler is told of level 2.
 
-Level 1 is the Triton block: what a tl.dot gives goes from Cube to Vector as a whole (triton-ascend's compiler puts the hand-over, through a
-workspace in device memory, at the product's end), so a wide block is few hand-overs. Level 2 is what bishengir, which comes with CANN, cuts
-inside: `tile_mix_cube_loop` products a block and `tile_mix_vector_loop` pieces of the softmax, each 1, 2 or 4, with two workspaces so that
-Cube works one block ahead. Writing the small products into the kernel would make each of them a hand-over, which is one level again.
+Level 1 is the Triton block: what a tl.dot gives goes from Cube to Vector as a whole, through a workspace in device memory (so the options'
+documentation; it counts the workspaces), and a wide block is few hand-overs. Level 2 is what bishengir, which comes with CANN, cuts inside:
+`tile_mix_cube_loop` products a block and `tile_mix_vector_loop` pieces of the softmax, each 1, 2 or 4, with two workspaces so that Cube
+works one block ahead. Small products written into the kernel would by that reading each be a hand-over, which is one level again.
 
 NOTE: nobody here has seen what bishengir makes of it: along which axis it cuts (rows of the softmax, keys before rows of the product are
 assumed), what it keeps in UB beside our sums, whether it takes these numbers or others. `make npu-check` is where that shows.

@@ -133,7 +133,8 @@ def markdown(title: str, cells: Sequence[Cell], lines: Sequence[Line], tiled: Se
                            (f" ({cell.simulated[name]:.3f}, {cell.reachable(name):.0%})" if name in cell.simulated else ""))
         text.append(f"| {cell.link} | {cell.shape} | {cell.name} | {cell.share:.0%} | {cell.busy:.0%} | " + " | ".join(row) + " |")
     if tiled:
-        text += ["", "One row-parallel linear with its sum, in tiles (seconds):", "",
+        text += ["", "One row-parallel linear with its sum, in tiles (seconds). Hidden is of min(compute, communication)(1 - 1/tiles); a "
+                 "short tile leaves less than 1/tiles of it uncovered, so more than all of that can be:", "",
                  "| link | rows | product | sum | one after the other | tiles | of | tiled | hidden |", "|" + "---|" * 9]
         for each in tiled:
             whose = "the cost model" if each["tiles"] == "chosen" else "comparison"

@@ -16,8 +16,8 @@ ATTENTION, MLP = "attention", "mlp"
 KINDS = (ATTENTION, MLP)                             # of a layer's blocks, in order
 PIECES = tuple(f"{kind}_{piece}" for kind in KINDS for piece in (INNER, PRODUCT))
 CODED_SUM = "coded_sum"                              # a sum by the lossy codec that the link would gain by
-FURTHER = 0.015                                      # of a step's time, for each part beyond two: threads that wake, caches that cool
-                                                     # (512 tokens, 2 ranks on 2 cores: 1.5 to 2 % at 300 Mbit/s and at 1 Gbit/s)
+FURTHER, FURTHER_ROWS = 0.3, 128                     # a further sum beside computing costs this part of one of so many rows, as far as
+                                                     # `efficiency` lacks to 1 (fits 2 ranks on 2 cores, 300 Mbit/s and 1 Gbit/s)
 SIMULATED_LAYERS = 4                                 # the pattern repeats: more layers tell no more
 
 
@@ -75,10 +75,13 @@ class Costs:
 
     def seconds(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                 ) -> float:
-        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain, and with FURTHER."""
+        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain, and for every sum beyond two of a
+        block what a thread that wakes beside a product costs (FURTHER)."""
         plain = self.simulated(Cut.at(cut.total), counts, lengths, layers, coded=coded).seconds
         gain = plain - self.simulated(cut, counts, lengths, layers, coded=coded).seconds
-        return (plain - (self.efficiency * gain if gain > 0 else gain)) * (1 + FURTHER * max(len(cut.tiles) - 2, 0))
+        further = 2 * layers * max(sum(map(len, cut.tiles)) - 2, 0)
+        return (plain - (self.efficiency * gain if gain > 0 else gain)
+                + FURTHER * (1 - self.efficiency) * self.pieces[SUM](FURTHER_ROWS) * further)
 
     def settings(self) -> list[str]:
         """As the profile's overlap.measured holds them: 'what rows milliseconds'."""
