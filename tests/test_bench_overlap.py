@@ -34,6 +34,11 @@ def test_a_simulation_promises_no_more_than_all():
     assert made.reachable("weave 2") == 1 and "(3.000, 100%)" in markdown("", [made], [], [], [])
 
 
+def test_mixed_batches_are_compared_by_tokens_a_second():
+    text = markdown("", [cell(6, 10, 7, 8, (1, 1, 98))], [], [], [])
+    assert "| 98 + 2 decoding | 10 | 12 | 1.25x |" in text
+
+
 def test_of_one_linear_the_cost_model_s_tiles_are_judged():
     def one(link, tiles, hidden):
         return {"link": link, "rows": 512, "tiles": tiles, "cut": "256+256", "product_s": 1, "sum_s": 1, "plain_s": 2, "tiled_s": 1.5,

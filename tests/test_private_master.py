@@ -1,6 +1,7 @@
 """Under vocabulary 'master' nothing that leaves rank 0 is a token id; what does leave it can be inverted, and a test shows that too."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -69,8 +70,7 @@ def worked(request):
     from hetero_attn.cli.work import work
 
     code = work(request)
-    backwards, found = MARKER[:4][::-1].encode(), 0
-    wanted = backwards[::-1] + b"-crossing-" + str(7291).encode()[:4]
+    found, wanted = 0, re.compile(rb"[z]ebra-crossing-7291[!]")          # which is not found in itself
     for line in open("/proc/self/maps"):
         place, access, *rest = line.split()
         if not access.startswith("r") or rest[-1] in ("[vvar]", "[vsyscall]", "[vvar_vclock]"):
@@ -82,7 +82,7 @@ def worked(request):
                 content = memory.read(end - start)
             except OSError:
                 continue
-        found += content.count(wanted + b"!")
+        found += len(wanted.findall(content))
     with open(f"{request.model}/found.{os.environ['RANK']}", "w") as file:
         file.write(str(found))
     return code

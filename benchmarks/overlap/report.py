@@ -13,6 +13,7 @@ SHARED = "shared memory"                              # the link that is none: n
 FIXED = ("plain", "weave 2", "weave 3", "weave 4", "tiled")
 WEAVES = FIXED[1:4]
 ENOUGH_TOKENS = 512
+LEAST_SHARE = 0.02                                    # of communication in plain's time: below, what is hidden of it is noise
 AUTO_SLACK = 0.03
 
 
@@ -129,9 +130,18 @@ def markdown(title: str, cells: Sequence[Cell], lines: Sequence[Line], tiled: Se
             elif name in (NO_COMM, "plain"):
                 row.append(f"{cell.time(name):.3f} ({cell.simulated[name]:.3f})")
             else:
-                row.append(f"{cell.time(name):.3f}, {cell.hidden(name):.0%}" +
-                           (f" ({cell.simulated[name]:.3f}, {cell.reachable(name):.0%})" if name in cell.simulated else ""))
+                shared = cell.share > LEAST_SHARE
+                text_of = f"{cell.time(name):.3f}" + (f", {cell.hidden(name):.0%}" if shared else "")
+                if name in cell.simulated:
+                    text_of += f" ({cell.simulated[name]:.3f}" + (f", {cell.reachable(name):.0%})" if shared else ")")
+                row.append(text_of)
         text.append(f"| {cell.link} | {cell.shape} | {cell.name} | {cell.share:.0%} | {cell.busy:.0%} | " + " | ".join(row) + " |")
+    mixed = [cell for cell in cells if len(cell.counts) > 1 and "auto" in cell.seconds]
+    if mixed:
+        text += ["", "Throughput of mixed batches, tokens a second:", "",
+                 "| link | model | tokens | plain | auto | gain |", "|" + "---|" * 6]
+        text += [f"| {cell.link} | {cell.shape} | {cell.name} | {sum(cell.counts) / cell.time('plain'):.0f} | "
+                 f"{sum(cell.counts) / cell.time('auto'):.0f} | {cell.time('plain') / cell.time('auto'):.2f}x |" for cell in mixed]
     if tiled:
         text += ["", "One row-parallel linear with its sum, in tiles (seconds). Hidden is of min(compute, communication)(1 - 1/tiles); a "
                  "short tile leaves less than 1/tiles of it uncovered, so more than all of that can be:", "",
