@@ -122,9 +122,8 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["q_batch", "q_head", "q_token", "k_batch", "k_head", "k_key", "v_batch", "v_head", "v_key", "out_batch",
-                               "out_head", "out_token", "mask_batch", "mask_head", "mask_row", "slope_batch", "table_batch", "lse_batch",
-                               "lse_head", "q_len", "kv_len", "tiles", "splits", "partial_rows", "left", "right"])
+@triton.jit(do_not_specialize=["mask_batch", "mask_head", "mask_row", "slope_batch", "table_batch", "lse_batch", "lse_head", "q_len",
+                               "kv_len", "tiles", "splits", "partial_rows", "left", "right"])
 def attention_forward(
     Q, K, V, OUT, LSE, SLOPES, SINKS, MASK, CU_Q, CU_K, TABLE, LENGTHS, PARTIAL_OUT, PARTIAL_TOP, PARTIAL_TOTAL,
     q_batch, q_head, q_token, q_feature, k_batch, k_head, k_key, k_feature, v_batch, v_head, v_key, v_feature,
@@ -144,10 +143,10 @@ def attention_forward(
     where PLAIN. partial_rows: tokens * query heads. CAREFUL: keys of a block when a tile is done again for the sake of values that are
     not finite."""
     if WIDE:
-        q_batch, q_head, q_token = q_batch.to(tl.int64), q_head.to(tl.int64), q_token.to(tl.int64)
-        k_batch, k_head, k_key = k_batch.to(tl.int64), k_head.to(tl.int64), k_key.to(tl.int64)
-        v_batch, v_head, v_key = v_batch.to(tl.int64), v_head.to(tl.int64), v_key.to(tl.int64)
-        out_batch, out_head, out_token = out_batch.to(tl.int64), out_head.to(tl.int64), out_token.to(tl.int64)
+        q_batch, q_head, q_token = tl.cast(q_batch, tl.int64), tl.cast(q_head, tl.int64), tl.cast(q_token, tl.int64)
+        k_batch, k_head, k_key = tl.cast(k_batch, tl.int64), tl.cast(k_head, tl.int64), tl.cast(k_key, tl.int64)
+        v_batch, v_head, v_key = tl.cast(v_batch, tl.int64), tl.cast(v_head, tl.int64), tl.cast(v_key, tl.int64)
+        out_batch, out_head, out_token = tl.cast(out_batch, tl.int64), tl.cast(out_head, tl.int64), tl.cast(out_token, tl.int64)
     q_batch, q_head, q_token = q_batch * UNIT, q_head * UNIT, q_token * UNIT
     k_batch, k_head, k_key = k_batch * UNIT, k_head * UNIT, k_key * UNIT
     v_batch, v_head, v_key = v_batch * V_UNIT, v_head * V_UNIT, v_key * V_UNIT

@@ -95,11 +95,11 @@ def _packed_strides(q, k, v, out, spec: AttentionSpec) -> tuple[int, ...]:
 
 
 def _units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-    """The strides as the kernel takes them, and the units of q's and k's and of v's and out's: 8 where 8 divides them all, else 1.
+    """The strides as the kernel takes them, and the units of q's and k's and of v's and out's: 8 where 8 divides them all and 16 does not.
 
-    Triton by itself only sees whether an integer is a multiple of 16. Feature strides stay as they are: the kernel is compiled for 1."""
+    Multiples of 16 Triton sees by itself, and a product less leaves it a register. Feature strides stay: the kernel is compiled for 1."""
     q, k, v, out = strides[:3], strides[4:7], strides[8:11], strides[12:]
-    unit, v_unit = (ALIGNED if all(each % ALIGNED == 0 for each in both) else 1 for both in ((*q, *k), (*v, *out)))
+    unit, v_unit = (ALIGNED if math.gcd(*both) % (2 * ALIGNED) == ALIGNED else 1 for both in ((*q, *k), (*v, *out)))
     shrink = lambda part, by: tuple(each // by for each in part)
     return (*shrink(q, unit), strides[3], *shrink(k, unit), strides[7], *shrink(v, v_unit), strides[11], *shrink(out, v_unit)), unit, v_unit
 

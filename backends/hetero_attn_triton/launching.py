@@ -16,6 +16,7 @@ import torch
 from hetero_attn_triton.tiling import Device, Tile
 
 UNCOMPILED = {"CompilationError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct", "PTXASError"}    # Triton's, by name
+UNCOMPILED_WORDS = ("PassManager::run failed", "failed to translate module to LLVM IR", "LLVM Translation failed")
 INSTALL = "pip install 'hetero-attn[triton]' (triton)"
 OLDEST = (3, 4)                                    # of triton
 OLDEST_CAPABILITY = (8, 0)                         # below it Triton has no bf16 products, and no asynchronous copies
@@ -34,7 +35,7 @@ def told_apart(error: Exception) -> Exception:
     name, text = type(error).__name__, " ".join(str(error).split())
     if name == "OutOfResources":
         return TooLarge(text)
-    if name in UNCOMPILED or "PassManager::run failed" in text:
+    if name in UNCOMPILED or any(words in text for words in UNCOMPILED_WORDS):
         return DoesNotCompile(f"{name}: {text[-300:]}")
     return error
 
