@@ -102,8 +102,11 @@ QUICK = {
 FURTHER = ("sm_89", "sm_100")                          # looked at where they differ from the others only
 CHOSEN = [(target, name) for target in TARGETS for name in (VARIANTS if full_grid() and target not in FURTHER else QUICK[target])]
 # Loads and stores of local memory that are let pass, of a whole kernel: in combinations that are no usual model's main road.
-SPILLS = {("sm_80", "pages-16"): 40, ("sm_80", "padded-72"): 13, ("sm_90", "pages-16"): 4, ("sm_80", "packed"): 8, ("sm_90", "window"): 2,
-          ("sm_90", "decode-fp32"): 14}
+SPILLS = {
+    ("sm_80", "pages-16"): 40, ("sm_80", "padded-72"): 13, ("sm_80", "padded-80"): 13, ("sm_80", "packed"): 8, ("sm_80", "decode-256"): 15,
+    ("sm_90", "pages-16"): 4, ("sm_90", "padded-72"): 9, ("sm_90", "padded-80"): 9, ("sm_90", "packed"): 14, ("sm_90", "window"): 2,
+    ("sm_90", "decode-fp32"): 18,
+}
 
 
 def compiled(target: str, case: AttentionCase):
