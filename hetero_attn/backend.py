@@ -118,13 +118,22 @@ class Backend:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
         """(optional) x [..., C], weight [C] -> [..., C] in x's dtype, as hetero_attn.norm.rms_norm defines it, orders of rounding included.
 
-        The decoder's norms run where its products do; this default is plain torch.
+        The decoder's norms run on the first backend of the profile that is available and defines one; this default is plain torch.
         """
         return rms_norm(x, weight, eps, weight_offset)
 
     def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
         """(optional) A communicator that wraps `base`, the torch.distributed one; or the reasons why there is none."""
         return [f"backend {self.name!r} has no communicator of its own"]
+
+
+withdrawals = 0                        # moves when a backend stops taking what it took; the registry's choices are void by then
+
+
+def withdrawn() -> None:
+    """Call it where a backend has learned by trying that its unsupported_reasons() were too few, and has more from now on."""
+    global withdrawals
+    withdrawals += 1
 
 
 class AbsentBackend(Backend):

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
+from hetero_attn import backend as contract
 from hetero_attn.backend import AbsentBackend, Backend, UnsupportedError
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.reference import ReferenceBackend
@@ -173,7 +174,7 @@ def choice(argument: str | None) -> tuple:
     """Everything outside a call's own arguments that its choice depends on, hashable: two calls that agree on it choose alike."""
     forced = _forced_profile.get()
     return (
-        argument, _forced_backend.get(), None if forced is None else forced.serial, generation,
+        argument, _forced_backend.get(), None if forced is None else forced.serial, generation + contract.withdrawals,
         _environ.get(_BACKEND), _environ.get(_PROFILE), _environ.get(_SET),
     )
 
@@ -219,9 +220,18 @@ def select(spec: AttentionSpec, name: str | None = None) -> Selection:
 
 def linear_backend(profile: DeviceProfile) -> Backend:
     """Whose linear the profile's models use: its first available backend that defines one, else torch's own (a bare Backend)."""
+    return _first_with("linear", profile)
+
+
+def norm_backend(profile: DeviceProfile) -> Backend:
+    """Whose rms_norm the profile's models use, by the same rule: a backend may have a norm and leave products to torch."""
+    return _first_with("rms_norm", profile)
+
+
+def _first_with(method: str, profile: DeviceProfile) -> Backend:
     for name in profile.backends:
         backend = find(name)
-        if type(backend).linear is not Backend.linear and not unavailable(backend):
+        if getattr(type(backend), method) is not getattr(Backend, method) and not unavailable(backend):
             return backend
     return Backend()
 

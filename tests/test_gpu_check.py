@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,15 @@ def test_arithmetic():
 
 def test_bars():
     pair = {"triton": 2.0, attention_bench.FLEX: 3.0, attention_bench.CHOSEN: 2.0, attention_bench.SDPA: 1.0}
-    figures = attention_bench.ratios("p", pair)
-    assert [(figure.what, figure.value, figure.reached) for figure in figures] == [
+    wanted = [("triton", attention_bench.FLEX, 1.0), (attention_bench.CHOSEN, attention_bench.SDPA, 1.0)]
+    figures, missing = attention_bench.ratios("p", pair, wanted)
+    assert not missing and [(figure.what, figure.value, figure.reached) for figure in figures] == [
         ("p: triton over FlexAttention", 1.5, True), ("p: chosen over torch SDPA", 0.5, False)]
-    assert attention_bench.ratios("p", pair | {"triton": "RuntimeError: no", attention_bench.SDPA: "no"}) == []
+    lacking = {"triton": "RuntimeError: no", attention_bench.FLEX: 1.0, attention_bench.CHOSEN: 1.0}
+    assert attention_bench.ratios("p", lacking, wanted) == ([], [
+        "p: triton over FlexAttention: bar not measured: triton: RuntimeError: no",
+        "p: chosen over torch SDPA: bar not measured: torch SDPA: it was not put to the clock"])
+    assert judged("", figures[:1], [], ["p: bar not measured"]).status == FAILED
     assert judged("", figures, []).status == BELOW and judged("", figures[:1], []).status == PASSED
     assert str(figures[1]) == "p: chosen over torch SDPA: 0.5 x (below its bar of 1)" and Figure("x", 2, "GB/s").reached
 
@@ -149,15 +155,25 @@ def test_a_group_of_two():
     assert outcome.status == PASSED and "DistributedCommunicator on cpu, cpu, 15 shapes and dtypes" in outcome.text
 
 
+@pytest.mark.ranks
+def test_the_fused_norm_is_timed():
+    assert groups.fused(CPU, "nothing").status == SKIPPED
+    outcome = groups.fused(CPU, "distributed")
+    assert outcome.status == PASSED, outcome.text
+    assert [row[0] for row in outcome.table[1:]] == ["1", "2"] and all(float(row[3]) > 0 and float(row[4]) > 0 for row in outcome.table[1:])
+
+
 def test_graphs_need_cuda():
     assert graphs.graphs(CPU).text == "cpu has no CUDA graphs"
 
 
 def test_benchmarks_on_the_cpu():
     found = Ceilings(0.1, 10.0)
-    for outcome in (attention_bench.prefill(CPU, found, True), attention_bench.decode(CPU, found, True), norm_bench.norm(CPU, found, True)):
-        assert outcome.status in (PASSED, BELOW) and len(outcome.table) > 2 and outcome.text.startswith(("1 shapes", "hidden 64"))
-    assert {row[1] for row in attention_bench.prefill(CPU, found, True).table} >= {"sdpa", attention_bench.SDPA, attention_bench.CHOSEN}
+    outcomes = [run(CPU, found, True) for run in (attention_bench.prefill, attention_bench.decode, norm_bench.norm)]
+    for outcome in outcomes:
+        assert outcome.status in (PASSED, BELOW) and len(outcome.table) > 2
+        assert outcome.text.startswith(("1 shapes", "2 shapes", "hidden 64"))
+    assert {row[1] for row in outcomes[0].table} >= {"sdpa", attention_bench.SDPA, attention_bench.CHOSEN}
 
 
 def test_the_page():
@@ -174,6 +190,63 @@ def test_a_page_is_written_in_one_step(tmp_path):
     written(tmp_path / "page.md", "one")
     written(tmp_path / "page.md", "two")
     assert (tmp_path / "page.md").read_text() == "two" and [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+def test_a_gpu_without_triton_fails(monkeypatch):
+    """Where the kernels must run, an unavailable backend is a failure, and so are its bars."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    cuda = torch.device("cuda", 0)
+    assert attention_bench.needs_triton(cuda) and not attention_bench.needs_triton(CPU)
+    assert [bar[:2] for bar in attention_bench.bars(attention_bench.PREFILL[-1], cuda)] == [("triton", attention_bench.FLEX)]
+    monkeypatch.setattr(checks.registry, "names", lambda: ["triton", "reference"])
+    monkeypatch.setattr(checks.registry, "unavailable", lambda backend: ["a small call failed: RuntimeError: no"])
+    outcome = checks.conformance(checks.Run(cuda))
+    assert outcome.status == FAILED and outcome.text.startswith("triton: must run here and does not: a small call failed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    assert not attention_bench.needs_triton(cuda) and "triton: not here" in checks.conformance(checks.Run(cuda)).text
+
+
+def test_a_contender_that_fails_keeps_its_words(monkeypatch):
+    def fails(*args, backend=None, **options):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(attention_bench, "attention", fails)
+    shape = attention_bench.REHEARSAL["prefill"][0]
+    found = medians(attention_bench.contenders(shape, CPU, False), CPU, 1)
+    assert found["sdpa"] == "RuntimeError: illegal memory access"
+
+
+def test_children_are_killed_with_their_children(tmp_path):
+    """A child that does not end goes with what it started, and what it had said is kept."""
+    program = tmp_path / "stays.py"
+    program.write_text("import subprocess, sys, time\n"
+                       "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+                       "print(child.pid, flush=True)\ntime.sleep(60)\n")
+    began = time.monotonic()
+    done = checks.child("stays", [], 4.0, environment={"PYTHONSAFEPATH": ""} | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == -9 and time.monotonic() - began < 30
+    grandchild = int(done.stdout)
+    for _ in range(100):
+        state = Path(f"/proc/{grandchild}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child's own child still runs")
+
+
+def test_parts_and_time(monkeypatch):
+    assert conform.part_of("1/4") == (1, 4)
+    for text in ("4/4", "x", "-1/2"):
+        with pytest.raises(ValueError):
+            conform.part_of(text)
+    run = checks.Run(CPU, deadline=time.monotonic() - 1)
+    assert "the run's time is up; --minutes gives it more" in checks.carried_out(checks.Check("x", "", lambda run: run.left_s()), run).text
+    half = '{"passed": 20, "objected": 0, "failures": 0, "seconds": 3.0, "failed": {}, "whole": false}'
+    found, line = checks.collected("triton", subprocess.CompletedProcess([], -9, half, ""))
+    assert found["passed"] == 20
+    assert line == "triton: 20 passed, 0 objected to, 0 failed in 3.0 s, then the process ended with -9: it said nothing"
 
 
 @pytest.mark.ranks

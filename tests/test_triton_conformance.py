@@ -5,6 +5,8 @@ The interpreter must be on before triton is imported, and then nothing can be co
 HETERO_ATTN_FULL=1: the whole reduced grid, our own cases on planned tiles too, thousands of random calls, integer overflow checked.
 """
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
     pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 
+from hetero_attn.ops import attention_varlen  # noqa: E402
 from hetero_attn.profile import load_profile, shipped_profiles  # noqa: E402
 from hetero_attn.testing.attention import check  # noqa: E402
 from hetero_attn.testing.attention_cases import attention_cases, full_grid  # noqa: E402
@@ -26,6 +29,7 @@ from hetero_attn.testing.cases import AttentionCase  # noqa: E402
 from hetero_attn.testing.test_attention_hypothesis import dense_cases, varlen_cases  # noqa: E402
 
 if INTERPRETED:
+    from hetero_attn_triton.tiling import Tile
     from triton_emulated import NAME, InterpretedLauncher, triton_emulated
 
 FULL = full_grid()
@@ -113,6 +117,26 @@ def test_random_dense_calls(case):
 @hypothesis.given(case=varlen_cases())
 def test_random_varlen_calls(case):
     check(replace(case, gradients=()), NAME)
+
+
+@inside
+@pytest.mark.parametrize("value", [float("nan"), 1.0])
+def test_a_table_is_not_read_beyond_its_pages(value):
+    """The table's last entry lies at the end of a page of memory, and the next may not be read: also not when a tile is done again for a
+    value that is not finite, in blocks shorter than those that the range was rounded to."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    table = torch.frombuffer(memory, dtype=torch.int32, count=1, offset=mmap.PAGESIZE - 4).view(1, 1)
+    table.zero_()
+    k, v, q = (torch.randn(shape, dtype=torch.float16) for shape in ((1, 16, 1, 64), (1, 16, 1, 64), (3, 1, 64)))
+    v[0, 9] = value                                  # the last key: only the last row sees it
+    starts, lengths = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([10], dtype=torch.int32)
+    tiles = type("Tall", (dict,), {"get": lambda self, name, default=None: Tile(16, 64, 4, 1)})()
+    with triton_emulated(InterpretedLauncher(tiles=tiles), "triton-guarded"):
+        out = attention_varlen(q, k, v, starts, None, 3, 10, block_table=table, seqused_k=lengths, is_causal=True, backend="triton-guarded")
+    assert out.isnan().any(-1).flatten().tolist() == [False, False, value != value]
 
 
 @inside

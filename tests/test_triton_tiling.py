@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hetero_attn_triton import TritonBackend
-from hetero_attn_triton.launching import triton_reasons
+from hetero_attn_triton.launching import DoesNotCompile, told_apart, triton_reasons
 from hetero_attn_triton.tiling import (
     DECODE_HALF,
     MAX_HEAD_DIM,
@@ -22,12 +22,14 @@ from hetero_attn_triton.tiling import (
     padded,
     plan,
     shape_class,
+    splits_of,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetero_attn import registry
 from hetero_attn.profile import load_profile
-from hetero_attn.spec import AttentionSpec
+from hetero_attn.spec import AttentionSpec, Operands
 
 H100, A100, CONSUMER, AMD = Device(132, 232448, True), Device(108, 166912), Device(128, 101376), Device(304, 65536)
 DEVICES = {"h100": H100, "a100": A100, "consumer": CONSUMER, "amd": AMD}
@@ -78,6 +80,104 @@ def test_decode_folds_a_group_and_fills_the_device():
     assert plan(replace(DECODE, batch=512), H100).splits == 1
     assert plan(replace(DECODE, kv_len=128), H100).splits == 1
     assert not folded(replace(PREFILL, q_len=17)) and folded(replace(PREFILL, q_len=16)) and folded(replace(DECODE, dtype=torch.float32))
+
+
+def test_large_groups_are_folded_into_several_tiles():
+    shared_key = replace(DECODE, q_heads=71, kv_heads=1, head_dim=64, v_head_dim=64)
+    made = plan(shared_key, H100)
+    assert made.heads == 71 and made.tile.rows == 64 and made.tiles == 2 and made.programs == 2 * 2 * made.splits
+    assert folded(replace(PREFILL, q_len=5, q_heads=128)) and not folded(replace(PREFILL, q_len=200, kv_heads=32))
+    assert not folded(replace(PREFILL, q_len=17, kv_heads=4))
+
+
+@given(programs=st.integers(1, 600), blocks=st.integers(1, 5000), slots=st.integers(1, 600))
+def test_splits_keep_the_device_busy(programs, blocks, slots):
+    """By counting waves and what each works: within a tenth of the best, and no more splits than that takes."""
+    def work(splits):
+        share = -(-blocks // splits)
+        return -(-programs * -(-blocks // share) // slots) * share
+
+    splits, most = splits_of(programs, blocks, slots), max(1, min(blocks // 4, 128))
+    assert 1 <= splits <= most and (splits == 1 or programs < slots)
+    if programs < slots:
+        best = min(map(work, range(1, most + 1)))
+        assert 0.9 * work(splits) <= best + 1e-9 and all(0.9 * work(fewer) > best - 1e-9 for fewer in range(1, splits))
+
+
+def test_splits_of_known_decode_steps():
+    assert splits_of(40, 64, 108) == 13 or 40 * splits_of(40, 64, 108) > 0.8 * 108
+    assert splits_of(72, 128, 132) >= 3              # a floor of 132 // 72 would leave half the device idle
+
+
+def test_blackwell_gets_short_tiles():
+    """Triton 3.6 fails to compile products of 64 rows for compute capability 10.0."""
+    blackwell = Device(148, 232448, most_rows=32)
+    assert plan(PREFILL, blackwell).tile.rows == 32 and plan(replace(DECODE, q_heads=128), blackwell).tile.rows == 16
+    assert plan(replace(DECODE, q_heads=512), blackwell).tile.rows == 32
+    assert plan(PREFILL, blackwell, {shape_class(PREFILL): Tile(128, 64, 8, 2)}).tile.rows == 32
+
+
+def test_single_precision_takes_tiles_that_do_not_spill():
+    assert plan(replace(PREFILL, dtype=torch.float32), CONSUMER).tile == Tile(16, 32, 8, 1)
+
+
+class Refuses:
+    """A launcher whose compiler fails on tiles of more rows than `rows`, as `error`."""
+
+    device, probes, tried = "cuda", False, None
+
+    def __init__(self, rows, error):
+        self.rows, self.error, self.tried = rows, error, []
+
+    def unavailable_reasons(self):
+        return []
+
+    def hardware(self, device):
+        return A100
+
+    def tuned(self, device):
+        return {}
+
+    def launch(self, kernel, programs, arguments, constants, *rest, **options):
+        if kernel == "combine":
+            return
+        self.tried.append(constants["BLOCK_M"])
+        if constants["BLOCK_M"] > self.rows:
+            raise told_apart(self.error)
+
+
+OUT_OF_RESOURCES = type("OutOfResources", (Exception,), {})("out of resource: shared memory")
+SMALL = replace(PREFILL, batch=1, q_heads=1, kv_heads=1, q_len=300, kv_len=300, device="cpu")
+
+
+def call(backend):
+    x = torch.zeros(1, 1, 300, 128, dtype=torch.bfloat16)
+    return backend.attention(x, x, x, SMALL, Operands())
+
+
+def test_a_tile_that_is_too_large_gives_way():
+    launcher = Refuses(32, OUT_OF_RESOURCES)
+    backend = TritonBackend(launcher)
+    call(backend)
+    assert launcher.tried[0] == 128 and launcher.tried[-1] == 32 and len(launcher.tried) > 2
+    count = len(launcher.tried)
+    call(backend)
+    assert launcher.tried[count:] == [32] and backend.unsupported_reasons(replace(SMALL, device="cuda")) == []
+
+
+@pytest.mark.parametrize("error", [OUT_OF_RESOURCES, RuntimeError("PassManager::run failed")], ids=["too large", "does not compile"])
+def test_what_does_not_compile_is_objected_to_from_then_on(error):
+    backend, before = TritonBackend(Refuses(0, error)), registry.choice(None)
+    with pytest.raises(DoesNotCompile):
+        call(backend)
+    reasons = backend.unsupported_reasons(replace(SMALL, device="cuda"))
+    assert len(reasons) == 1 and "Triton did not compile this kind of call here" in reasons[0] and registry.choice(None) != before
+    assert backend.unsupported_reasons(replace(SMALL, device="cuda", head_dim=64)) == []
+
+
+def test_errors_of_the_device_are_no_errors_of_the_compiler():
+    error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    assert told_apart(error) is error
 
 
 def test_a_window_bounds_the_splits():

@@ -1,6 +1,7 @@
 """Tuned tiles: kept in one file a device and kernel digest, written in one step, damaged files passed over with a warning."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -33,6 +34,9 @@ def test_kept_and_found(own_cache):
     assert path == own_cache / "triton-tiles" / f"nvidia-h100-80gb-hbm3-{digest()}.json"
     save_tuned(NAME, {"decode-d128-v128-half": B}, {})
     assert load_tuned(NAME) == {"prefill-d128-v128-half": A, "decode-d128-v128-half": B}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
     kept = json.loads(path.read_text())
     assert kept["device"] == NAME and kept["tiles"]["prefill-d128-v128-half"]["microseconds"] == pytest.approx(12.345, abs=0.01)
     assert kept["kernels"] == digest() and [each.name for each in path.parent.iterdir()] == [path.name]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from hetero_attn.backend import Backend
+from hetero_attn.backend import Backend, withdrawn
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands, dtype_name
 from hetero_attn_triton import calls, norm_calls, tiling
 from hetero_attn_triton.codec_calls import CodecCalls
-from hetero_attn_triton.launching import GpuLauncher, Launcher
-from hetero_attn_triton.tiling import MAX_HEAD_DIM, Device, Plan
+from hetero_attn_triton.launching import DoesNotCompile, GpuLauncher, Launcher, TooLarge
+from hetero_attn_triton.tiling import MAX_HEAD_DIM, Demand, Device, Plan, Tile
 
 DTYPES = (*HALF_DTYPES, torch.float32)
 
@@ -29,6 +29,8 @@ class TritonBackend(Backend):
     def __init__(self, launcher: Launcher | None = None) -> None:
         self.launcher = launcher or GpuLauncher()
         self._reasons: list[str] | None = None
+        self._refused: dict[Demand, frozenset[Tile]] = {}             # tiles that the device turned out not to hold
+        self._uncompiled: dict[tuple, str] = {}                       # kind of call -> the compiler's words, see _kind
 
     def unavailable_reasons(self) -> list[str]:
         if self._reasons is None:
@@ -36,15 +38,15 @@ class TritonBackend(Backend):
         return list(self._reasons)
 
     def probe(self) -> list[str]:
-        """A tiny real call: why it did not work, [] = it did. It compiles a kernel, which takes seconds the first time."""
+        """A small real call on a prefill's tile: why it did not work, [] = it did. Compiling takes seconds the first time."""
         try:
-            ones = torch.ones(1, 1, 24, 32, dtype=torch.float16, device=self.launcher.device)
-            spec = AttentionSpec(self.launcher.device, torch.float16, 1, 1, 1, 24, 24, 32, 32, is_causal=True)
+            ones = torch.ones(1, 1, 128, 128, dtype=torch.float16, device=self.launcher.device)
+            spec = AttentionSpec(self.launcher.device, torch.float16, 1, 1, 1, 128, 128, 128, 128, is_causal=True)
             out, _ = self.attention(ones, ones, ones, spec, Operands())
             if not torch.equal(out, ones):
-                return [f"a tiny call gave {out.flatten()[0].item()} and not 1; please report it with `hetero-attn doctor --json`"]
+                return [f"a small call gave {out.flatten()[0].item()} and not 1; please report it with `hetero-attn doctor --json`"]
         except Exception as error:
-            return [f"a tiny call failed: {type(error).__name__}: {' '.join(str(error).split())}; triton needs a C compiler (CC) too"]
+            return [f"a small call failed: {type(error).__name__}: {' '.join(str(error).split())}; triton needs a C compiler (CC) too"]
         return []
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
@@ -58,6 +60,8 @@ class TritonBackend(Backend):
                 reasons.append(f"{name} is {value}, kernel has up to {MAX_HEAD_DIM}; use backend 'sdpa'")
         if spec.needs_grad:
             reasons.append("gradients are needed, kernel has no backward; use backend 'sdpa', or torch.no_grad() if they are not")
+        if self._uncompiled and (words := self._uncompiled.get(_kind(spec))):
+            reasons.append(f"Triton did not compile this kind of call here ({words}); use backend 'sdpa', or another triton")
         return reasons
 
     def notes(self) -> list[str]:
@@ -72,8 +76,20 @@ class TritonBackend(Backend):
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        plan = tiling.plan(spec, self.launcher.hardware(q.device), self.launcher.tuned(q.device))
-        return calls.attention(self.launcher, plan, q, k, v, spec, operands)
+        """Raises DoesNotCompile once for a kind of call; from then on the backend objects to that kind, and another is chosen."""
+        hardware, tuned, demand = self.launcher.hardware(q.device), self.launcher.tuned(q.device), Demand.of(spec)
+        while True:
+            plan = tiling.plan(spec, hardware, tuned, self._refused.get(demand, frozenset()))
+            try:
+                return calls.attention(self.launcher, plan, q, k, v, spec, operands)
+            except DoesNotCompile as error:
+                if isinstance(error, TooLarge):
+                    self._refused[demand] = self._refused.get(demand, frozenset()) | {plan.tile}
+                    if set(tiling.candidates(spec, hardware)) - self._refused[demand]:
+                        continue
+                self._uncompiled[_kind(spec)] = str(error)
+                withdrawn()
+                raise
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
         return norm_calls.norm(self.launcher, x, weight, eps, weight_offset)
@@ -87,6 +103,13 @@ class TritonBackend(Backend):
 
     def codec_kernels(self, device: str) -> CodecCalls | None:
         return CodecCalls(self.launcher) if device == self.launcher.device else None
+
+
+def _kind(spec: AttentionSpec) -> tuple:
+    """What decides which kernel is compiled for a call, lengths apart."""
+    left, right = spec.window_size
+    return (tiling.shape_class(spec), spec.head_dim, spec.v_head_dim, spec.dtype, spec.is_causal, left >= 0, right >= 0, bool(spec.softcap),
+            bool(spec.alibi), spec.mask, spec.varlen, spec.page_size, spec.group_size)
 
 
 backend = TritonBackend

@@ -29,7 +29,8 @@ def _tanh(x):
 @triton.jit
 def _attend(
     acc, top, total, q, begin, end, low, high, position, slope, mask_rows,
-    K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_page, v_page, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+    K, V, MASK, TABLE, k_key, k_feature, v_key, v_feature, k_page, v_page, mask_key, left, right, scale, softcap,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     EDGE: tl.constexpr, GUARD: tl.constexpr, PLAIN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, MASK_KIND: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -39,6 +40,8 @@ def _attend(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
+    far_d = offs_d.to(tl.int64) if WIDE else offs_d
+    far_v = offs_v.to(tl.int64) if WIDE else offs_v
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + offs_n
         inside = (keys >= low) & (keys < high)
@@ -50,8 +53,8 @@ def _attend(
             v_block = V + tl.cast(start, tl.int64) * v_key
         elif PAGE_SIZE % BLOCK_N == 0:                              # a block lies in one page
             page = tl.load(TABLE + start // PAGE_SIZE).to(tl.int64)
-            k_block = K + page * k_page + (start % PAGE_SIZE) * k_key
-            v_block = V + page * v_page + (start % PAGE_SIZE) * v_key
+            k_block = K + page * k_page + tl.cast(start % PAGE_SIZE, tl.int64) * k_key
+            v_block = V + page * v_page + tl.cast(start % PAGE_SIZE, tl.int64) * v_key
         else:
             pages = tl.load(TABLE + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
             slots = (keys % PAGE_SIZE).to(tl.int64)
@@ -59,18 +62,18 @@ def _attend(
             v_block = V
             k_rows = pages * k_page + slots * k_key
             v_rows = pages * v_page + slots * v_key
-        k_at = k_block + (k_rows[:, None] + offs_d[None, :] * k_feature)                             # [BLOCK_N, BLOCK_D]
-        v_at = v_block + (v_rows[:, None] + offs_v[None, :] * v_feature)                             # [BLOCK_N, BLOCK_V]
+        k_at = k_block + (k_rows[:, None] + far_d[None, :] * k_feature)                             # [BLOCK_N, BLOCK_D]
+        v_at = v_block + (v_rows[:, None] + far_v[None, :] * v_feature)                             # [BLOCK_N, BLOCK_V]
         if EDGE:
-            k = tl.load(k_at, mask=inside[:, None] & (offs_d[None, :] < head_dim), other=0.0)
-            v = tl.load(v_at, mask=inside[:, None] & (offs_v[None, :] < v_head_dim), other=0.0)
+            k = tl.load(k_at, mask=inside[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0)
+            v = tl.load(v_at, mask=inside[:, None] & (offs_v[None, :] < V_HEAD_DIM), other=0.0)
         else:
             if PADDED_D:
-                k = tl.load(k_at, mask=offs_d[None, :] < head_dim, other=0.0)
+                k = tl.load(k_at, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
             else:
                 k = tl.load(k_at)
             if PADDED_V:
-                v = tl.load(v_at, mask=offs_v[None, :] < v_head_dim, other=0.0)
+                v = tl.load(v_at, mask=offs_v[None, :] < V_HEAD_DIM, other=0.0)
             else:
                 v = tl.load(v_at)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")                                           # [BLOCK_M, BLOCK_N]
@@ -125,17 +128,29 @@ def attention_forward(
     Q, K, V, OUT, LSE, SLOPES, SINKS, MASK, CU_Q, CU_K, TABLE, LENGTHS, PARTIAL_OUT, PARTIAL_TOP, PARTIAL_TOTAL,
     q_batch, q_head, q_token, q_feature, k_batch, k_head, k_key, k_feature, v_batch, v_head, v_key, v_feature,
     out_batch, out_head, out_token, mask_batch, mask_head, mask_row, mask_key, slope_batch, table_batch, lse_batch, lse_head,
-    q_len, kv_len, tiles, splits, partial_rows, left, right, scale, softcap, head_dim, v_head_dim,
+    q_len, kv_len, tiles, splits, partial_rows, left, right, scale, softcap,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, UNIT: tl.constexpr, V_UNIT: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, VARLEN: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SPLIT: tl.constexpr, PLAIN: tl.constexpr, GUARD: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, MASK_KIND: tl.constexpr,
     WIDE: tl.constexpr, PADDED_D: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CAREFUL: tl.constexpr,
 ):
-    """Strides are elements; k_batch and v_batch are a page's where PAGE_SIZE > 0. One program a (sequence, head or group, split, tile of
-    rows), tiles fastest. q_len, kv_len: of every sequence, or the longest where CU_Q, CU_K or LENGTHS hold each one's. right = 0 is
-    causal, left, right < 0 unlimited (HAS_...). scale: times log2(e) where PLAIN. partial_rows: tokens * query heads. CAREFUL: keys of a
-    block when a tile is done again for the sake of values that are not finite."""
+    """Strides are elements, those of q and k in units of UNIT, of v and out of V_UNIT: multiplied here, so that the compiler knows that
+    rows begin at 16 bytes also where a stride is a multiple of 8 and not of 16, as at 72 features. k_batch and v_batch are a page's where
+    PAGE_SIZE > 0. One program a (sequence, head or group, split, tile of rows), tiles fastest. q_len, kv_len: of every sequence, or the
+    longest where CU_Q, CU_K or LENGTHS hold each one's. right = 0 is causal, left, right < 0 unlimited (HAS_...). scale: times log2(e)
+    where PLAIN. partial_rows: tokens * query heads. CAREFUL: keys of a block when a tile is done again for the sake of values that are
+    not finite."""
+    if WIDE:
+        q_batch, q_head, q_token = tl.cast(q_batch, tl.int64), tl.cast(q_head, tl.int64), tl.cast(q_token, tl.int64)
+        k_batch, k_head, k_key = tl.cast(k_batch, tl.int64), tl.cast(k_head, tl.int64), tl.cast(k_key, tl.int64)
+        v_batch, v_head, v_key = tl.cast(v_batch, tl.int64), tl.cast(v_head, tl.int64), tl.cast(v_key, tl.int64)
+        out_batch, out_head, out_token = tl.cast(out_batch, tl.int64), tl.cast(out_head, tl.int64), tl.cast(out_token, tl.int64)
+    q_batch, q_head, q_token = q_batch * UNIT, q_head * UNIT, q_token * UNIT
+    k_batch, k_head, k_key = k_batch * UNIT, k_head * UNIT, k_key * UNIT
+    v_batch, v_head, v_key = v_batch * V_UNIT, v_head * V_UNIT, v_key * V_UNIT
+    out_batch, out_head, out_token = out_batch * V_UNIT, out_head * V_UNIT, out_token * V_UNIT
     pid = tl.program_id(0)
     tile = pid % tiles
     rest = pid // tiles
@@ -196,8 +211,9 @@ def attention_forward(
     whole_end = tl.minimum(tl.maximum(whole_high // BLOCK_N * BLOCK_N, whole_begin), stop)
 
     token = q_base + query                                          # [BLOCK_M]; of the packed axis where VARLEN
-    q = tl.load(Q + wide_batch * q_batch + token[:, None] * q_token + row_head[:, None] * q_head + offs_d[None, :] * q_feature,
-                mask=real[:, None] & (offs_d[None, :] < head_dim), other=0.0)
+    far_d = offs_d.to(tl.int64) if WIDE else offs_d
+    q = tl.load(Q + wide_batch * q_batch + token[:, None] * q_token + row_head[:, None] * q_head + far_d[None, :] * q_feature,
+                mask=real[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_M], NEG_INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -225,33 +241,35 @@ def attention_forward(
     if HAS_LEFT:
         acc, top, total = _attend(
             acc, top, total, q, begin, whole_begin, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
-            k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+            k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, HEAD_DIM, V_HEAD_DIM,
             True, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
             BLOCK_N, BLOCK_D, BLOCK_V)
     acc, top, total = _attend(
         acc, top, total, q, whole_begin, whole_end, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
-        k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+        k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, HEAD_DIM, V_HEAD_DIM,
         False, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
         BLOCK_N, BLOCK_D, BLOCK_V)
     acc, top, total = _attend(
         acc, top, total, q, whole_end, stop, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
-        k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim, v_head_dim,
+        k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, HEAD_DIM, V_HEAD_DIM,
         True, False, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
         BLOCK_N, BLOCK_D, BLOCK_V)
     if GUARD:
         if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) != 0:    # NaN somewhere: once more, carefully, in blocks that need few registers
+            careful_begin = tl.maximum(begin, low // CAREFUL * CAREFUL)   # no block beyond `high`, whose page may not be in the table
+            careful_end = tl.minimum(stop, (high + CAREFUL - 1) // CAREFUL * CAREFUL)
             acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
             top = tl.full([BLOCK_M], NEG_INF, tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc, top, total = _attend(
-                acc, top, total, q, begin, stop, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
-                k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, head_dim,
-                v_head_dim, True, True, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
+                acc, top, total, q, careful_begin, careful_end, low, high, position, slope, mask_rows, K, V, MASK, TABLE,
+                k_key, k_feature, v_key, v_feature, k_batch, v_batch, mask_key, left, right, scale, softcap, HEAD_DIM,
+                V_HEAD_DIM, True, True, PLAIN, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASK_KIND, PAGE_SIZE, WIDE, PADDED_D, PADDED_V,
                 CAREFUL, BLOCK_D, BLOCK_V)
 
     if SPLIT:
         row = split.to(tl.int64) * partial_rows + (row_base + query) * (KV_HEADS * GROUP) + row_head
-        tl.store(PARTIAL_OUT + row[:, None] * v_head_dim + offs_v[None, :], acc, mask=real[:, None] & (offs_v[None, :] < v_head_dim))
+        tl.store(PARTIAL_OUT + row[:, None] * V_HEAD_DIM + offs_v[None, :], acc, mask=real[:, None] & (offs_v[None, :] < V_HEAD_DIM))
         tl.store(PARTIAL_TOP + row, top, mask=real)
         tl.store(PARTIAL_TOTAL + row, total, mask=real)
     else:
@@ -267,7 +285,7 @@ def attention_forward(
         empty = total == 0.0
         divisor = tl.where(empty, 1.0, total)
         out = OUT + wide_batch * out_batch + token[:, None] * out_token + row_head[:, None] * out_head + offs_v[None, :]
-        tl.store(out, (acc / divisor[:, None]).to(OUT.dtype.element_ty), mask=real[:, None] & (offs_v[None, :] < v_head_dim))
+        tl.store(out, (acc / divisor[:, None]).to(OUT.dtype.element_ty), mask=real[:, None] & (offs_v[None, :] < V_HEAD_DIM))
         if HAS_LSE:
             lse = tl.where(empty, NEG_INF, top * (LN2 if PLAIN else 1.0) + tl.log(divisor))
             tl.store(LSE + wide_batch * lse_batch + row_head * lse_head + token, lse, mask=real)

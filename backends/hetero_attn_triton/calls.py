@@ -12,11 +12,12 @@ import torch
 
 from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands
 from hetero_attn_triton.launching import Launcher
-from hetero_attn_triton.tiling import LEAST, Plan
+from hetero_attn_triton.tiling import LEAST, MAX_SPLITS, Plan
 
 LOG2E = 1.4426950408889634
 LARGEST, SMALLEST = 3.4028234663852886e38, 2.0**-126                # fp32's: what a scale or cap beyond becomes
 FARTHEST = 1 << 30                                                  # a window beyond any length
+ALIGNED = 8                                                         # numbers in 16 bytes of a 16-bit dtype
 COMBINE_CHUNK = 16                                                  # splits that the combining kernel reads at once
 
 
@@ -57,15 +58,17 @@ def attention(
     left, right = spec.window_size
     right = 0 if spec.is_causal else right
     softcap = min(max(spec.softcap, SMALLEST), LARGEST) if spec.softcap else 1.0
+    in_units, unit, v_unit = _units(strides)
     tile = plan.tile
     shared = {"PLAIN": plain, "HAS_SINKS": sinks is not None, "HAS_LSE": lse is not None, "BLOCK_V": plan.v_dim}
     launcher.launch(
         "attention", plan.programs,
-        (q, k, v, out, lse, slopes, sinks, mask, cu_q, cu_k, table, lengths, *partial, *strides, *mask_strides, slope_batch,
+        (q, k, v, out, lse, slopes, sinks, mask, cu_q, cu_k, table, lengths, *partial, *in_units, *mask_strides, slope_batch,
          0 if table is None else table.stride(0), *lse_strides, spec.q_len, spec.kv_len, plan.tiles, plan.splits, rows,
-         min(left, FARTHEST), min(right, FARTHEST), scale, softcap, spec.head_dim, Dv),
-        {**shared, "GROUP": spec.group_size, "HEADS": plan.heads, "KV_HEADS": spec.kv_heads, "VARLEN": spec.varlen,
-         "PAGE_SIZE": spec.page_size, "SPLIT": split, "GUARD": spec.rows_differ, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+         min(left, FARTHEST), min(right, FARTHEST), scale, softcap),
+        {**shared, "HEAD_DIM": spec.head_dim, "V_HEAD_DIM": Dv, "UNIT": unit, "V_UNIT": v_unit,
+         "GROUP": spec.group_size, "HEADS": plan.heads, "KV_HEADS": spec.kv_heads, "VARLEN": spec.varlen, "PAGE_SIZE": spec.page_size,
+         "SPLIT": split, "GUARD": spec.rows_differ, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
          "HAS_SOFTCAP": bool(spec.softcap), "HAS_ALIBI": slopes is not None, "MASK_KIND": mask_kind,
          "WIDE": _wide(strides, mask_strides, plan, spec.kv_len),
          "PADDED_D": plan.dim != spec.head_dim, "PADDED_V": plan.v_dim != Dv, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
@@ -76,7 +79,7 @@ def attention(
         launcher.launch(
             "combine", rows,
             (*partial, out, lse, sinks, *strides[-3:], *lse_strides, tokens if spec.varlen else spec.q_len, plan.splits, rows, Dv),
-            {**shared, "Q_HEADS": Hq, "BLOCK_S": 1 << (plan.splits - 1).bit_length(), "CHUNK": COMBINE_CHUNK}, 4, 1, device,
+            {**shared, "Q_HEADS": Hq, "BLOCK_S": MAX_SPLITS, "CHUNK": COMBINE_CHUNK}, 4, 1, device,
         )
     return out, lse
 
@@ -89,6 +92,16 @@ def _packed_strides(q, k, v, out, spec: AttentionSpec) -> tuple[int, ...]:
 
     paged = bool(spec.page_size)
     return (*one(q), *one(k, paged), *one(v, paged), *one(out)[:3])
+
+
+def _units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+    """The strides as the kernel takes them, and the units of q's and k's and of v's and out's: 8 where 8 divides them all and 16 does not.
+
+    Multiples of 16 Triton sees by itself, and a product less leaves it a register. Feature strides stay: the kernel is compiled for 1."""
+    q, k, v, out = strides[:3], strides[4:7], strides[8:11], strides[12:]
+    unit, v_unit = (ALIGNED if math.gcd(*both) % (2 * ALIGNED) == ALIGNED else 1 for both in ((*q, *k), (*v, *out)))
+    shrink = lambda part, by: tuple(each // by for each in part)
+    return (*shrink(q, unit), strides[3], *shrink(k, unit), strides[7], *shrink(v, v_unit), strides[11], *shrink(out, v_unit)), unit, v_unit
 
 
 def _mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int, tuple[int, ...]]:
@@ -118,9 +131,9 @@ def _scale(spec: AttentionSpec, mask_kind: int) -> tuple[float, bool]:
 
 
 def _wide(strides: tuple[int, ...], mask_strides: tuple[int, ...], plan: Plan, kv_len: int) -> bool:
-    """Whether a block's keys, or a tile's part of the mask, lie farther apart than 32-bit offsets reach."""
+    """Whether a block's keys, a tile's part of the mask, or a single stride, is more than 32-bit offsets reach."""
     _, head, row, key = mask_strides
     mask = plan.heads * head + plan.tile.rows * row + (kv_len + plan.tile.keys) * key
-    (k_key, k_feature), (v_key, v_feature) = strides[6:8], strides[10:12]
+    q_feature, (k_key, k_feature), (v_key, v_feature) = strides[3], strides[6:8], strides[10:12]
     keys = plan.tile.keys * max(k_key, v_key) + max(plan.dim * k_feature, plan.v_dim * v_feature)
-    return max(keys, mask) >= 1 << 31
+    return max(keys, mask, plan.dim * q_feature, *strides) >= 1 << 31

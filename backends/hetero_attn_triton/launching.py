@@ -15,9 +15,29 @@ import torch
 
 from hetero_attn_triton.tiling import Device, Tile
 
+UNCOMPILED = {"CompilationError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct", "PTXASError"}    # Triton's, by name
+UNCOMPILED_WORDS = ("PassManager::run failed", "failed to translate module to LLVM IR", "LLVM Translation failed")
 INSTALL = "pip install 'hetero-attn[triton]' (triton)"
 OLDEST = (3, 4)                                    # of triton
 OLDEST_CAPABILITY = (8, 0)                         # below it Triton has no bf16 products, and no asynchronous copies
+
+
+class DoesNotCompile(RuntimeError):
+    """Triton's compiler failed on a kernel. Nothing was launched, so another backend may take the call."""
+
+
+class TooLarge(DoesNotCompile):
+    """It compiled, and asks for more shared memory or registers than the device has: a smaller tile may do."""
+
+
+def told_apart(error: Exception) -> Exception:
+    """The error as one of the two above where nothing has reached the device, else as it is."""
+    name, text = type(error).__name__, " ".join(str(error).split())
+    if name == "OutOfResources":
+        return TooLarge(text)
+    if name in UNCOMPILED or any(words in text for words in UNCOMPILED_WORDS):
+        return DoesNotCompile(f"{name}: {text[-300:]}")
+    return error
 
 
 class Launcher(Protocol):
@@ -97,7 +117,9 @@ class GpuLauncher:
         if index not in self._hardware:
             facts = torch.cuda.get_device_properties(index)
             shared = getattr(facts, "shared_memory_per_block_optin", 0) or getattr(facts, "shared_memory_per_block", 0)
-            self._hardware[index] = Device(facts.multi_processor_count, shared or 65536, facts.major == 9 and torch.version.hip is None)
+            nvidia = torch.version.hip is None
+            rows = 32 if nvidia and facts.major == 10 else 128
+            self._hardware[index] = Device(facts.multi_processor_count, shared or 65536, nvidia and facts.major == 9, rows)
         return self._hardware[index]
 
     def tuned(self, device: torch.device) -> dict[str, Tile]:
@@ -111,6 +133,11 @@ class GpuLauncher:
 
     def launch(self, kernel: str, programs: int, arguments: tuple, constants: dict[str, Any], warps: int, stages: int,
                device: torch.device, *, exact: bool = False) -> None:
-        """Raises what Triton raises where it cannot compile: OutOfResources, CompilationError."""
-        with torch.cuda.device(device):
-            kernels()[kernel][(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=not exact)
+        """Raises DoesNotCompile, and TooLarge for what fits no multiprocessor."""
+        try:
+            with torch.cuda.device(device):
+                kernels()[kernel][(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=not exact)
+        except Exception as error:
+            if (told := told_apart(error)) is error:
+                raise
+            raise told from error

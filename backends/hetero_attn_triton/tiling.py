@@ -20,6 +20,8 @@ from hetero_attn.spec import AttentionSpec
 MAX_HEAD_DIM = 256
 LEAST = 16                             # of every side of tl.dot
 DECODE_ROWS = {2: 64, 4: 16}           # bytes of the dtype -> up to so many rows (queries x heads of a group) are folded into one tile
+FOLDED_ROWS, FOLDED_QUERIES = 256, 16  # so many rows of so few queries are folded into several tiles: a head alone would leave them empty
+ENOUGH = 0.9                           # share of the best use of a device at which fewer splits are taken
 MAX_SPLITS = 128
 SPLIT_BLOCKS = 4                       # blocks of keys that pay for a further program, its partial result and the combining kernel
 REGISTERS = 176 * 32                   # fp32 values of a tile in a warp's lanes, of 255 each; the rest are addresses and rows
@@ -64,6 +66,8 @@ DECODE_HALF = (
 )                                      # rows: as many as there are
 SINGLE = (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
 
+SINGLE_WIDE = (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1))                # beyond 64 features: IEEE products keep whole operands in registers
+
 
 @dataclass(frozen=True)
 class Device:
@@ -72,6 +76,7 @@ class Device:
     units: int
     shared_memory_bytes: int
     wide_products: bool = False        # Hopper's: operands come from shared memory, 64 rows at a time
+    most_rows: int = 128               # of a tile; 32 on compute capability 10.x: Triton 3.6 fails to compile its taller products here
 
     @classmethod
     def of(cls, hardware: Any) -> Device:
@@ -118,7 +123,9 @@ def padded(head_dim: int) -> int:
 
 def folded(spec: AttentionSpec) -> bool:
     """Whether a group's query heads are folded into rows: where a head alone would leave most of a tile empty."""
-    return spec.q_len * spec.group_size <= DECODE_ROWS.get(spec.dtype.itemsize, 0)
+    rows = spec.q_len * spec.group_size
+    several = spec.q_len <= FOLDED_QUERIES and spec.group_size > 1 and rows <= FOLDED_ROWS
+    return spec.dtype.itemsize in DECODE_ROWS and (rows <= DECODE_ROWS[spec.dtype.itemsize] or several)
 
 
 @lru_cache(maxsize=4096)
@@ -168,10 +175,11 @@ def candidates(spec: AttentionSpec, device: Device) -> list[Tile]:
 def _candidates(demand: Demand, rows: int, device: Device) -> tuple[Tile, ...]:
     """rows: of a folded call, 0 for others."""
     if rows:
-        tall = max(LEAST, 1 << (rows - 1).bit_length())
+        tall = min(max(LEAST, 1 << (rows - 1).bit_length()), DECODE_ROWS[demand.element], device.most_rows)
         tiles = [Tile(tall, tile.keys, tile.warps, tile.stages) for tile in DECODE_HALF if demand.element == 2 or tile.keys <= 64]
     else:
-        tiles = list(PREFILL_HALF if demand.element == 2 else SINGLE)
+        single = SINGLE if max(demand.dim, demand.v_dim) <= 64 else SINGLE_WIDE
+        tiles = [tile for tile in (PREFILL_HALF if demand.element == 2 else single) if tile.rows <= device.most_rows]
     found = tuple(tile for tile in tiles if fits(tile, demand, device))
     if not found:
         need = min(demand.shared_bytes(tile) for tile in tiles)
@@ -180,25 +188,30 @@ def _candidates(demand: Demand, rows: int, device: Device) -> tuple[Tile, ...]:
     return found
 
 
-def plan(spec: AttentionSpec, device: Device, tuned: Mapping[str, Tile] | None = None) -> Plan:
+def plan(spec: AttentionSpec, device: Device, tuned: Mapping[str, Tile] | None = None, without: frozenset[Tile] = frozenset()) -> Plan:
     """The call's tile and launch. tuned: shape_class -> the tile that was measured to be quickest; one that does not fit is passed over.
+    without: tiles that were tried and did not run. Raises ValueError where no other is left.
 
     For a varlen call every sequence is taken to be as long as the longest."""
-    return _plan(spec, device, None if tuned is None else tuned.get(shape_class(spec)))
+    return _plan(spec, device, None if tuned is None else tuned.get(shape_class(spec)), without)
 
 
 @lru_cache(maxsize=4096)
-def _plan(spec: AttentionSpec, device: Device, chosen: Tile | None) -> Plan:
+def _plan(spec: AttentionSpec, device: Device, chosen: Tile | None, without: frozenset[Tile] = frozenset()) -> Plan:
     """plan() with what was measured: all layers of a decode step ask for the same one."""
     fold = folded(spec)
     rows = spec.q_len * spec.group_size if fold else spec.q_len
-    possible = candidates(spec, device)
+    possible = [tile for tile in candidates(spec, device) if tile not in without]
+    if not possible:
+        raise ValueError(f"the device refused every tile that was planned for {shape_class(spec)}")
     tile = possible[0]
     if chosen is not None:
         chosen = Tile(tile.rows if fold else chosen.rows, chosen.keys, chosen.warps, chosen.stages)
-        tile = chosen if fits(chosen, Demand.of(spec), device) else tile
-    elif not fold and spec.q_len < tile.rows:                       # a short prompt fills no tall tile
-        tile = next((each for each in possible if each.rows <= max(LEAST, 2 * spec.q_len)), possible[-1])
+        usable = chosen not in without and chosen.rows <= device.most_rows and fits(chosen, Demand.of(spec), device)
+        tile = chosen if usable else tile
+    if not fold and spec.q_len < tile.rows:                         # a short prompt fills no tall tile, measured or not
+        most = max(LEAST, 2 * spec.q_len)
+        tile = tile if tile.rows <= most else next((each for each in possible if each.rows <= most), possible[-1])
     return planned(spec, device, tile, fold, rows)
 
 
@@ -209,8 +222,24 @@ def planned(spec: AttentionSpec, device: Device, tile: Tile, fold: bool, rows: i
     programs = tiles * heads * spec.batch
     resident = max(1, min(device.shared_memory_bytes // demand.shared_bytes(tile), 4))
     blocks = ceil(visible_keys(spec, tile) / tile.keys)
-    splits = max(1, min(device.units * resident // max(1, programs), blocks // SPLIT_BLOCKS, MAX_SPLITS))
+    splits = splits_of(programs, blocks, device.units * resident)
     return Plan(tile, spec.group_size if fold else 1, tiles, splits, demand.dim, demand.v_dim, programs * splits, demand.shared_bytes(tile))
+
+
+def splits_of(programs: int, blocks: int, slots: int) -> int:
+    """The fewest splits of `blocks` blocks that keep ENOUGH of `slots` programs at once busy, as the best number of splits would.
+
+    With s splits of ceil(blocks / s) blocks the device works ceil(programs * s / slots) waves of such a share."""
+    most = min(blocks // SPLIT_BLOCKS, MAX_SPLITS)
+    if most < 2 or not 0 < programs < slots:         # a full wave without splits: partial sums would cost more than its rest saves
+        return 1
+
+    def busy(splits: int) -> float:
+        share = ceil(blocks / splits)
+        return programs * blocks / (ceil(programs * ceil(blocks / share) / slots) * slots * share)
+
+    shares = {splits: busy(splits) for splits in range(1, most + 1)}
+    return next(splits for splits, share in shares.items() if share >= ENOUGH * max(shares.values()))
 
 
 def visible_keys(spec: AttentionSpec, tile: Tile) -> int:

@@ -89,6 +89,7 @@ def save_tuned(device_name: str, tiles: dict[str, Tile], microseconds: dict[str,
             with os.fdopen(handle, "w") as file:
                 json.dump({"format": FORMAT, "device": device_name, "kernels": digest(), "tiles": entries}, file, indent=1)
                 file.write("\n")
+            os.chmod(draft, 0o666 & ~_umask())       # mkstemp's 0600 would keep it from those who share the folder
             os.replace(draft, path)
         except BaseException:
             Path(draft).unlink(missing_ok=True)
@@ -97,6 +98,12 @@ def save_tuned(device_name: str, tiles: dict[str, Tile], microseconds: dict[str,
         remedy = "set HETERO_ATTN_CACHE_DIR to a folder of yours"
         raise CacheError(f"tuned tiles cannot be kept in {path.parent}: {error.strerror}; {remedy}") from None
     return path
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _times(path: Path) -> dict[str, float]:
@@ -147,6 +154,7 @@ def measure(backend, spec: AttentionSpec, device: torch.device) -> tuple[Tile, d
             run()
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
         for begin, end in events:
+            torch.cuda._sleep(1_000_000)             # the device waits until all is enqueued: a decode step is shorter than its launch
             begin.record()
             run()
             end.record()

@@ -129,14 +129,16 @@ class Decoder(nn.Module):
         self.lm_head = VocabularyHead(communicator, config.vocab_size, config.hidden_size, self.partition, tied=tied, **made)
         self.rotary = RotaryEmbedding(config.rotary, self.device)
 
-    def use_backend(self, backend: Backend) -> None:
-        """Every product and every norm of this rank goes through `backend`'s linear and rms_norm. (Attention is chosen call by call.)"""
+    def use_backend(self, backend: Backend, norm: Backend | None = None) -> None:
+        """Every product of this rank goes through `backend`'s linear, every norm through the rms_norm of `norm` (default: `backend`).
+        (Attention is chosen call by call.)"""
+        norm = norm or backend
         self.communicator.linear = backend.linear
         for module in self.modules():
             if hasattr(module, "linear"):
                 module.linear = backend.linear
             elif isinstance(module, RMSNorm):
-                module.rms_norm = backend.rms_norm
+                module.rms_norm = norm.rms_norm
 
     def new_cache(self, max_tokens: int, max_sequences: int, layers: int | None = None) -> PagedCache:
         """An empty cache that holds max_tokens tokens, however they are spread over up to max_sequences sequences.

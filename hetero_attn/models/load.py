@@ -27,7 +27,7 @@ from hetero_attn.parallel.placement import DeviceMemoryError, out_of_memory_text
 from hetero_attn.parallel.sharding import VOCABULARIES, Partition
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.quantity import parse_bytes
-from hetero_attn.registry import linear_backend
+from hetero_attn.registry import linear_backend, norm_backend
 
 CACHE_TOKENS = 2048             # that a memory budget leaves room for, unless the caller knows
 
@@ -106,7 +106,7 @@ def load_model(
             raise DeviceMemoryError(
                 f"rank {rank} has no room for its weights ({out_of_memory_text(error)}); how many ranks it takes: "
                 + plan_command(path, profile, world_size, cache_tokens or min(CACHE_TOKENS, config.context_length), limit)) from error
-        decoder.use_backend(linear_backend(profile))
+        decoder.use_backend(linear_backend(profile), norm_backend(profile))
         shards = list(decoder.shards(set(checkpoint.entries)))
         if streams:
             room = Room(budget, blocks, cache_tokens or min(CACHE_TOKENS, config.context_length), cache_sequences, profile.prefill_chunk)

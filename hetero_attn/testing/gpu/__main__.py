@@ -1,6 +1,6 @@
-"""python -m hetero_attn.testing.gpu [--only NAMES] [--quick] [--json FILE] [--page FILE] [--list]: check and measure this GPU.
+"""python -m hetero_attn.testing.gpu [--only NAMES] [--quick] [--minutes M] [--json FILE] [--page FILE]: check and measure this GPU.
 
-Exit code 0: all passed; 1: a check failed or a figure is below its bar; 2: bad arguments; 3: there is no GPU here.
+Exit code 0: all passed; 1: one failed, is below its bar, or all were skipped; 2: bad arguments; 3: there is no GPU here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser = argparse.ArgumentParser(prog="python -m hetero_attn.testing.gpu", description="Check and measure this GPU.")
     parser.add_argument("--only", metavar="NAMES", help="these checks, separated by commas (see --list)")
     parser.add_argument("--quick", action="store_true", help="a twelfth of the suite, fewer shapes and rounds")
+    parser.add_argument("--minutes", type=float, default=checks.MINUTES, help="of the whole run (default %(default)g)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes (default: docs/measured/<device>.md)")
     parser.add_argument("--list", action="store_true", help="name the checks")
@@ -56,11 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--rehearse: name a --page; a rehearsal is not to lie among measurements")
     device = torch.device("cpu") if args.rehearse else torch.device("cuda", torch.cuda.current_device())
     name = "CPU" if args.rehearse else torch.cuda.get_device_name(device)
+    if args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes:g}: expected more than 0")
     page = args.page or page_path(name)
     for option, target in (("--page", page), ("--json", args.json)):
         if target is not None and not target.parent.is_dir():
             parser.error(f"{option} {target}: the folder {target.parent} does not exist")
-    run = checks.Run(device, args.quick)
+    run = checks.Run(device, args.quick, deadline=time.monotonic() + 60 * args.minutes)
     outcomes: dict[str, Outcome] = {}
     for check in wanted:
         print(f"{check.name} ...", file=sys.stderr, flush=True)
@@ -76,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         written(args.json, json.dumps(found, indent=1) + "\n")
     if all(outcome.status == SKIPPED for outcome in outcomes.values()):
         print("every check was skipped", file=sys.stderr)
+        return 1
     return 1 if any(outcome.status in (FAILED, BELOW) for outcome in outcomes.values()) else 0
 
 

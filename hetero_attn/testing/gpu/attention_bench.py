@@ -6,6 +6,7 @@ step at 80 % of the copy's bandwidth.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from hetero_attn import registry
+from hetero_attn.backend import UnsupportedError
 from hetero_attn.ops import attention
 from hetero_attn.testing.gpu.ceilings import Ceilings, attention_flop, decode_bytes
 from hetero_attn.testing.gpu.clock import medians
 from hetero_attn.testing.gpu.outcome import Figure, Outcome, judged
 
+log = logging.getLogger("hetero_attn")
 FLEX_BAR, SDPA_BAR, DECODE_BAR = 1.0, 1.0, 0.8
 SDPA, FLEX, CHOSEN = "torch SDPA", "FlexAttention", "chosen"
 
@@ -34,22 +37,27 @@ class Shape:
     kv_len: int
     head_dim: int
     softcap: float = 0.0
+    masked: bool = False               # by a boolean tensor [q_len, kv_len] that every head shares, with holes in it
 
     @property
     def is_causal(self) -> bool:
-        return self.q_len > 1
+        return self.q_len > 1 and not self.masked
 
 
 PREFILL = (
     Shape("prefill 1K", 8, 32, 8, 1024, 1024, 128), Shape("prefill 4K", 2, 32, 8, 4096, 4096, 128),
     Shape("prefill 16K", 1, 32, 8, 16384, 16384, 128), Shape("prefill 4K, D 64", 2, 32, 32, 4096, 4096, 64),
+    Shape("prefill 4K, D 256", 1, 16, 8, 4096, 4096, 256), Shape("prefill 2K, mask", 1, 32, 8, 2048, 2048, 128, masked=True),
     Shape("prefill 4K, softcap", 2, 32, 8, 4096, 4096, 128, 30.0),
 )
 DECODE = (
     Shape("decode 1 x 32K", 1, 32, 8, 1, 32768, 128), Shape("decode 8 x 8K", 8, 32, 8, 1, 8192, 128),
     Shape("decode 64 x 2K", 64, 32, 8, 1, 2048, 128), Shape("decode 16 x 8K, MHA", 16, 16, 16, 1, 8192, 128),
 )
-REHEARSAL = {"prefill": (Shape("prefill 128", 1, 4, 2, 128, 128, 64),), "decode": (Shape("decode 1 x 512", 1, 4, 2, 1, 512, 64),)}
+REHEARSAL = {
+    "prefill": (Shape("prefill 128", 1, 4, 2, 128, 128, 64), Shape("prefill 64, mask", 1, 4, 2, 64, 64, 64, masked=True)),
+    "decode": (Shape("decode 1 x 512", 1, 4, 2, 1, 512, 64),),
+}
 
 
 def ours(device: torch.device, names: list[str] | None = None) -> list[str]:
@@ -62,18 +70,25 @@ def contenders(shape: Shape, device: torch.device, flex: bool) -> dict[str, Call
     """What is put to the clock for a shape: our backends that take the call, the automatic choice, SDPA and FlexAttention."""
     heads = ((shape.q_heads, shape.q_len), (shape.kv_heads, shape.kv_len), (shape.kv_heads, shape.kv_len))
     q, k, v = (torch.randn(shape.batch, count, length, shape.head_dim, dtype=torch.bfloat16, device=device) for count, length in heads)
-    options = {"is_causal": shape.is_causal, "softcap": shape.softcap or None}
+    mask = None
+    if shape.masked:
+        mask = torch.rand(1, 1, shape.q_len, shape.kv_len, device=device) < 0.9
+        mask[..., 0] = True
+    options = {"is_causal": shape.is_causal, "softcap": shape.softcap or None, "attn_mask": mask}
     made: dict[str, Callable[[], object]] = {}
     for name in ours(device):
         try:
             attention(q, k, v, backend=name, **options)
-        except Exception:               # it objects, or fails and the conformance check has its words
+        except UnsupportedError:        # anything else is its figure: medians() has its words
             continue
+        except Exception as error:
+            log.debug("%s: %s", name, error)
         made[name] = lambda name=name: attention(q, k, v, backend=name, **options)
     made[CHOSEN] = lambda: attention(q, k, v, **options)
     if not shape.softcap:
-        made[SDPA] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal, enable_gqa=shape.q_heads != shape.kv_heads)
-    if flex and device.type == "cuda":
+        made[SDPA] = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=shape.is_causal,
+                                                            enable_gqa=shape.q_heads != shape.kv_heads)
+    if flex and not shape.masked and device.type == "cuda":
         made[FLEX] = Flex(q, k, v, shape)
     return made
 
@@ -92,6 +107,7 @@ class Flex:
     def _made(self) -> Callable[[], torch.Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        torch._dynamo.reset()           # after a few shapes it would stop compiling, and time the eager road
         shape, mask, cap = self._shape, None, None
         if shape.is_causal:
             mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.q_len, shape.kv_len, device=self._operands[0].device)
@@ -108,7 +124,7 @@ def prefill(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
 
 
 def _prefill(device: torch.device, ceilings: Ceilings, shapes: tuple[Shape, ...], rounds: int) -> Outcome:
-    figures, table = [], [("shape", "contender", "ms", "TFLOP/s", "of the matrix rate")]
+    figures, missing, table = [], [], [("shape", "contender", "ms", "TFLOP/s", "of the matrix rate")]
     for shape in shapes:
         found = medians(contenders(shape, device, True), device, rounds)
         flop = attention_flop(shape.batch, shape.q_heads, shape.q_len, shape.kv_len, shape.head_dim, shape.is_causal)
@@ -118,34 +134,56 @@ def _prefill(device: torch.device, ceilings: Ceilings, shapes: tuple[Shape, ...]
             else:
                 rate = flop / seconds / 1e12
                 table.append((shape.name, name, f"{1e3 * seconds:.3f}", f"{rate:.1f}", f"{100 * ceilings.of_rate(rate):.0f} %"))
-        figures += ratios(shape.name, found)
-    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}", figures, table)
+        held, lacking = ratios(shape.name, found, bars(shape, device))
+        figures, missing = figures + held, missing + lacking
+    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}", figures, table, missing)
 
 
 def decode(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
     """GB/s of keys and values of every contender; the bar is for our choice."""
     shapes = (DECODE[:2] if quick else DECODE) if device.type == "cuda" else REHEARSAL["decode"]
     rounds = 10 if quick else 40
-    figures, table = [], [("shape", "contender", "us", "GB/s", "of the copy")]
+    figures, missing, table = [], [], [("shape", "contender", "us", "GB/s", "of the copy", "us with the host")]
     for shape in shapes:
-        found = medians(contenders(shape, device, not quick), device, rounds)
+        put = contenders(shape, device, not quick)
+        found, with_host = medians(put, device, rounds), medians(put, device, rounds, behind=False)
         size = decode_bytes(shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim, 2)
         for name, seconds in found.items():
             if isinstance(seconds, str):
-                table.append((shape.name, name, seconds, "", ""))
+                table.append((shape.name, name, seconds, "", "", ""))
                 continue
             rate = size / seconds / 1e9
-            table.append((shape.name, name, f"{1e6 * seconds:.1f}", f"{rate:.0f}", f"{100 * ceilings.of_bandwidth(rate):.0f} %"))
+            table.append((shape.name, name, f"{1e6 * seconds:.1f}", f"{rate:.0f}", f"{100 * ceilings.of_bandwidth(rate):.0f} %",
+                          f"{1e6 * with_host[name]:.1f}" if isinstance(with_host[name], float) else with_host[name]))
             if name in (CHOSEN, "triton"):
                 figures.append(Figure(f"{shape.name}, {name}, of the copy's bandwidth", ceilings.of_bandwidth(rate), "", DECODE_BAR))
-    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}, host overhead included", figures, table)
+        for name in (CHOSEN, "triton") if needs_triton(device) else (CHOSEN,):
+            if not isinstance(found.get(name), float):
+                missing.append(f"{shape.name}, {name}: bar not measured: {found.get(name, 'it does not take the call')}")
+        held, lacking = ratios(shape.name, found, [bar for bar in bars(shape, device) if bar[1] == SDPA])
+        figures, missing = figures + held, missing + lacking
+    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}, of the device alone", figures, table, missing)
 
 
-def ratios(shape: str, found: dict[str, float | str]) -> list[Figure]:
-    """Our Triton kernel over FlexAttention, and our choice over SDPA, where both ran: how many times as fast."""
-    made = []
-    for mine, other, bar in (("triton", FLEX, FLEX_BAR), (CHOSEN, SDPA, SDPA_BAR)):
-        pair = [found.get(mine), found.get(other)]
+def needs_triton(device: torch.device) -> bool:
+    """Whether the Triton backend must run here: any ROCm device, and CUDA from compute capability 8.0 on."""
+    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def bars(shape: Shape, device: torch.device) -> list[tuple[str, str, float]]:
+    """(mine, other, bar) of a shape: each must be measured, whatever keeps one of the two from running."""
+    made = [("triton", FLEX, FLEX_BAR)] if needs_triton(device) and not shape.masked else []
+    return made + ([] if shape.softcap else [(CHOSEN, SDPA, SDPA_BAR)])
+
+
+def ratios(shape: str, found: dict[str, float | str], wanted: list[tuple[str, str, float]]) -> tuple[list[Figure], list[str]]:
+    """How many times as fast mine is as the other, for every bar; and a line for each bar of which a side did not run."""
+    made, missing = [], []
+    for mine, other, bar in wanted:
+        pair = [found.get(name, "it was not put to the clock") for name in (mine, other)]
         if all(isinstance(seconds, float) for seconds in pair):
             made.append(Figure(f"{shape}: {mine} over {other}", pair[1] / pair[0], "x", bar))
-    return made
+        else:
+            words = "; ".join(f"{name}: {text}" for name, text in zip((mine, other), pair) if isinstance(text, str))
+            missing.append(f"{shape}: {mine} over {other}: bar not measured: {words}")
+    return made, missing

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +27,8 @@ from hetero_attn.testing.attention_cases import plain_cases
 from hetero_attn.testing.gpu import attention_bench, ceilings, graphs, groups, norm_bench
 from hetero_attn.testing.gpu.outcome import FAILED, PASSED, Figure, Outcome, judged, skipped
 
-LIMIT_S = 3000                         # of one backend's suite
+LIMIT_S = 540                          # of one child: a part of a backend's suite
+MINUTES = 25.0                         # of the whole run, --minutes
 QUICK_SHARE = 12                       # with --quick, one case in so many
 ROOT = Path(__file__).parents[3]
 
@@ -36,6 +40,14 @@ class Run:
     device: torch.device
     quick: bool = False
     known: ceilings.Ceilings | None = None
+    deadline: float = math.inf           # of time.monotonic()
+
+    def left_s(self) -> float:
+        """How long a child may take. Raises TimeoutError where the run's time is up."""
+        left = min(LIMIT_S, self.deadline - time.monotonic())
+        if left <= 0:
+            raise TimeoutError("the run's time is up; --minutes gives it more")
+        return left
 
     def ceilings(self) -> ceilings.Ceilings:
         if self.known is None:
@@ -52,12 +64,51 @@ class Check:
     run: Callable[[Run], Outcome]
 
 
-def child(module: str, arguments: list[str], limit_s: float, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """python -m module in a process of its own, with this checkout in its path."""
+def child(module: str, arguments: list[str], limit_s: float, before: tuple[str, ...] = (),
+          environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """python -m module in a process group of its own, with this checkout in its path; see ended()."""
+    return ended([started(module, arguments, before, environment)], limit_s)[0]
+
+
+def started(module: str, arguments: list[str], before: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> subprocess.Popen:
     paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
     command = [*before, sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
+    out, errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")       # files: a full pipe would stop a child nobody reads
+    process = subprocess.Popen(command, env=known, stdout=out, stderr=errors, text=True, start_new_session=True)
+    process.told = (out, errors)
+    return process
+
+
+def ended(processes: list[subprocess.Popen], limit_s: float) -> list[subprocess.CompletedProcess]:
+    """What children said once all have ended. After limit_s seconds their groups are killed, with all that they started; the return code
+    of such a child is -9, and what it had said is kept."""
+    deadline, done = time.monotonic() + limit_s, []
+    try:
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _kill(process)
+    finally:
+        for process in processes:
+            _kill(process)                           # also where a child has gone and left children of its own
+    for process in processes:
+        texts = []
+        for file in process.told:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, *texts))
+    return done
+
+
+def _kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def collected(name: str, done: subprocess.CompletedProcess) -> tuple[dict, str]:
@@ -66,36 +117,64 @@ def collected(name: str, done: subprocess.CompletedProcess) -> tuple[dict, str]:
         if line.startswith("{"):
             found = json.loads(line)
             counts = f"{found['passed']} passed, {found['objected']} objected to, {found['failures']} failed"
-            return found, f"{name}: {counts} in {found['seconds']} s"
-    last = " | ".join((done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-3:])
+            rest = "" if found.get("whole", True) else f", then the process ended with {done.returncode}: {_last(done.stderr)}"[:400]
+            return found, f"{name}: {counts} in {found['seconds']} s{rest}"
+    last = _last(done.stderr.strip() or done.stdout)
     return {}, f"{name}: the process ended with {done.returncode}: {last}"[:600]
 
 
+def _last(text: str) -> str:
+    return " | ".join((text.strip() or "it said nothing").splitlines()[-3:])
+
+
 def conformance(run: Run) -> Outcome:
-    """Every available backend that runs on the device, a process each."""
+    """Every available backend that runs on the device, its suite dealt out to processes that share the compiler's cache."""
     lines, failed, details, ran = [], False, {}, 0
     for name in registry.names():
         if name == "reference":
             continue
         backend = registry.get(name)
         if reasons := registry.unavailable(backend):
-            lines.append(f"{name}: not here: {'; '.join(reasons)}")
+            needed = name == "triton" and attention_bench.needs_triton(run.device)
+            lines.append(f"{name}: {'must run here and does not' if needed else 'not here'}: {'; '.join(reasons)}")
+            failed |= needed
             continue
         if all(backend.unsupported_reasons(case.spec(run.device.type)) for case in plain_cases()):
             lines.append(f"{name}: does not run on {run.device.type}")
             continue
         share = ["--share", str(QUICK_SHARE)] if run.quick else []
-        done = child("hetero_attn.testing.gpu.conform", ["--backend", name, "--device", run.device.type, *share], LIMIT_S)
-        found, line = collected(name, done)
-        lines.append(line)
+        found, said = in_parts(name, run, share)
+        lines += said
         lines += [f"  {case}: {text.splitlines()[0]}" for case, text in list(found.get("failed", {}).items())[:5]]
-        failed |= not found or found["failures"] > 0 or not found["passed"]
+        failed |= not found.get("whole") or found["failures"] > 0 or not found["passed"]
         details[name], ran = found, ran + 1
     return Outcome(FAILED if failed or not ran else PASSED, "\n".join(lines), details=details)
 
 
+def in_parts(name: str, run: Run, share: list[str]) -> tuple[dict, list[str]]:
+    """A backend's suite by several processes: their sums, and lines. "whole": every part ran to its end; what was done counts anyway."""
+    parts = max(1, min(8, (os.cpu_count() or 1) // 2)) if run.device.type == "cuda" else 1
+    options = ["--backend", name, "--device", run.device.type, *share]
+    limit_s = run.left_s()
+    processes = [started("hetero_attn.testing.gpu.conform", [*options, "--part", f"{part}/{parts}"]) for part in range(parts)]
+    total = {"passed": 0, "objected": 0, "failures": 0, "failed": {}, "seconds": 0.0, "whole": True}
+    lines = []
+    for part, done in enumerate(ended(processes, limit_s)):
+        found, line = collected(f"{name}, part {part + 1} of {parts}", done)
+        for key in ("passed", "objected", "failures"):
+            total[key] += found.get(key, 0)
+        total["failed"] |= found.get("failed", {})
+        total["seconds"] = max(total["seconds"], found.get("seconds", limit_s))
+        if not found or not found.get("whole", True):
+            total["whole"] = False
+            lines.append(f"{line}; it did not end within {limit_s:.0f} s" if done.returncode == -signal.SIGKILL else line)
+    counts = f"{total['passed']} passed, {total['objected']} objected to, {total['failures']} failed"
+    return total, [f"{name}: {counts} in {total['seconds']} s", *lines]
+
+
 def sanitizer(run: Run) -> Outcome:
-    """compute-sanitizer's memcheck over small cases of the Triton backend, where the tool is installed."""
+    """compute-sanitizer's memcheck over small cases, where the tool is installed. Without torch's own pool of memory, in which a read
+    beyond a tensor would be a read of the pool and nothing to report."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return skipped("compute-sanitizer is not on PATH (it comes with the CUDA toolkit)")
@@ -104,8 +183,8 @@ def sanitizer(run: Run) -> Outcome:
         return skipped("neither triton nor hopper is available here")
     lines, failed = [], False
     for name in names:
-        done = child("hetero_attn.testing.gpu.conform", ["--backend", name, "--device", run.device.type, "--few"], LIMIT_S,
-                     (tool, "--tool", "memcheck", "--error-exitcode", "9"))
+        done = child("hetero_attn.testing.gpu.conform", ["--backend", name, "--device", run.device.type, "--few"], run.left_s(),
+                     (tool, "--tool", "memcheck", "--error-exitcode", "9"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         clean = "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
         _, line = collected(name, done)
         failed |= not clean or done.returncode != 0
@@ -127,6 +206,8 @@ CHECKS = (
     Check("mixed", "a group of one GPU rank and one CPU rank", lambda run: groups.mixed(run.device)),
     Check("graphs", "CUDA graphs: captured calls against plain ones", lambda run: graphs.graphs(run.device)),
     Check("sanitizer", "compute-sanitizer over small cases, where it is installed", sanitizer),
+    Check("fused", "the fused all-reduce and norm, alone and as a pair on one GPU, beside add and norm",
+          lambda run: groups.fused(run.device, quick=run.quick)),
     Check("ceilings", "rate of bf16 products, bandwidth of a copy", limits),
     Check("prefill", "prefill against torch SDPA and compiled FlexAttention",
           lambda run: attention_bench.prefill(run.device, run.ceilings(), run.quick)),

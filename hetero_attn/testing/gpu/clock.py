@@ -12,18 +12,25 @@ from collections.abc import Callable, Mapping
 import torch
 
 WARM_UP = 3
+FLUSH_BYTES = 256 << 20                              # more than any L2 so far
+HELD_CYCLES = 1_000_000                              # about 0.5 ms: longer than the host takes to enqueue a call
 
 
-def medians(contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 20) -> dict[str, float | str]:
-    """Name -> median seconds of a call, interleaved; or the first line of its error, where it does not run."""
+def medians(contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 20, *,
+            behind: bool = True, flush: bool = False) -> dict[str, float | str]:
+    """Name -> median seconds of a call, interleaved; or the first line of its error, where it does not run. behind: as once() has it.
+    flush: each call finds the device's caches full of something else, as within a model, where it would find what it left itself."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     failed: dict[str, str] = {}
+    other = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if flush and device.type == "cuda" else None
     for turn in range(WARM_UP + rounds):
         for name, run in contenders.items():
             if name in failed:
                 continue
             try:
-                seconds = once(run, device)
+                if other is not None:
+                    other.zero_()
+                seconds = once(run, device, behind=behind)
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
                 continue
@@ -32,10 +39,13 @@ def medians(contenders: Mapping[str, Callable[[], object]], device: torch.device
     return {name: failed[name] if name in failed else statistics.median(times[name]) for name in contenders}
 
 
-def once(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
+def once(run: Callable[[], object], device: torch.device, *, behind: bool = True) -> float:
+    """Seconds of one call. behind: the device waits HELD_CYCLES first, so that all of the call is enqueued when its time begins; without,
+    the host's share is in the time, which a decode step of some microseconds would otherwise be made of."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if behind:
+            torch.cuda._sleep(HELD_CYCLES)
         begin.record()
         run()
         end.record()

@@ -14,8 +14,10 @@ import torch
 from hetero_attn import registry
 from hetero_attn.collectives import init_communicator
 from hetero_attn.communicator import Communicator, SoloCommunicator, shard_rows
+from hetero_attn.norm import rms_norm
 from hetero_attn.parallel.launch import RankFailure, run_ranks
 from hetero_attn.profile import load_profile
+from hetero_attn.testing.gpu.clock import medians
 from hetero_attn.testing.gpu.outcome import FAILED, PASSED, Outcome, skipped
 from hetero_attn.testing.tolerances import mismatch
 
@@ -98,3 +100,46 @@ def alone(device: torch.device) -> Outcome:
     with SoloCommunicator(device=device) as communicator:
         wrong = complaints(communicator, device, widths=WIDTHS[:2])
     return Outcome(FAILED if wrong else PASSED, f"a world of one on {device}" + "".join(f"\n{line}" for line in wrong[:8]))
+
+
+def timed_rank(name: str, devices: tuple[str, ...], tokens: tuple[int, ...], hidden: int, rounds: int) -> tuple[str, list[dict]]:
+    """One rank: (what serves, for each T of tokens the medians of its fused norm, and of an add and a norm without any exchange)."""
+    import os
+
+    device = torch.device(devices[int(os.environ["RANK"])])
+    profile = dataclasses.replace(load_profile("cpu" if device.type == "cpu" else None), communicators=(name,))
+    with init_communicator(profile, timeout_s=TIMEOUT_S, device=device) as communicator:
+        found = []
+        for T in tokens:
+            x = communicator.empty((T, hidden), torch.bfloat16)
+            x.zero_()
+            weight = torch.ones(hidden, dtype=torch.bfloat16, device=device)
+            whole = torch.randn(T, hidden, device=device).to(torch.bfloat16)
+            shard = whole[shard_rows(T, communicator.rank, communicator.world_size)].clone()
+            found.append(medians({
+                "fused": lambda x=x, shard=shard, weight=weight: communicator.all_reduce_rms_norm(x, shard, weight, EPS, site=SITE),
+                "apart": lambda x=x, whole=whole, weight=weight: rms_norm(whole.add_(x), weight, EPS),
+            }, device, rounds, behind=False))
+        return type(communicator).__name__, found
+
+
+def fused(device: torch.device, name: str = "hopper", quick: bool = False) -> Outcome:
+    """Microseconds of the fused all-reduce and norm by backend `name`'s communicator, alone and as a pair on this device, beside a residual
+    add and a norm that exchange nothing: what the exchange costs on top. No bar: a pair on one GPU shares its memory and its units."""
+    if name != "distributed" and (name not in registry.names() or registry.unavailable(registry.get(name))):
+        return skipped(f"backend {name!r} is not available here")
+    tokens, hidden, rounds = ((64, 1024, 4096), 8192, 10 if quick else 40) if device.type == "cuda" else ((16,), 64, 3)
+    table, wrong = [("ranks", "serves", "tokens", "fused, us", "add and norm, us")], []
+    for ranks in (1, 2):
+        try:
+            serves, found = run_ranks(timed_rank, (name, (str(device),) * ranks, tokens, hidden, rounds), ranks, timeout_s=LIMIT_S,
+                                      env=OVERLAPPING)[0]
+        except RankFailure as failure:
+            wrong.append(f"{ranks} ranks: {failure}")
+            continue
+        for T, times in zip(tokens, found):
+            told = (f"{1e6 * each:.1f}" if isinstance(each, float) else each for each in times.values())
+            table.append((str(ranks), serves, str(T), *told))
+            wrong += [f"{ranks} ranks, {T} tokens, {what}: {each}" for what, each in times.items() if isinstance(each, str)]
+    return Outcome(FAILED if wrong else PASSED, "\n".join([f"hidden {hidden}, bf16, medians of {rounds}, with the host", *wrong]),
+                   table=tuple(table))

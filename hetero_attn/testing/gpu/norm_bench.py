@@ -53,7 +53,7 @@ def norm(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
     rounds = 10 if quick else 40
     figures, table = [], [("tokens", "contender", "us", "GB/s", "of the copy")]
     for count in tokens:
-        for name, seconds in medians(contenders(count, hidden, device), device, rounds).items():
+        for name, seconds in medians(contenders(count, hidden, device), device, rounds, flush=True).items():
             if isinstance(seconds, str):
                 table.append((str(count), name, seconds, "", ""))
                 continue

@@ -41,10 +41,10 @@ class Outcome:
         return asdict(self) | {"figures": [asdict(figure) | {"reached": figure.reached} for figure in self.figures]}
 
 
-def judged(text: str, figures: list[Figure], table: list[tuple[str, ...]]) -> Outcome:
-    """An outcome by its figures: passed where all reach their bars."""
-    status = PASSED if all(figure.reached for figure in figures) else BELOW
-    return Outcome(status, text, tuple(figures), tuple(table))
+def judged(text: str, figures: list[Figure], table: list[tuple[str, ...]], missing: list[str] = ()) -> Outcome:
+    """An outcome by its figures: passed where all reach their bars. missing: bars that nothing could be held to, which is a failure."""
+    status = FAILED if missing else PASSED if all(figure.reached for figure in figures) else BELOW
+    return Outcome(status, "\n".join([text, *missing]), tuple(figures), tuple(table))
 
 
 def skipped(reason: str) -> Outcome:
