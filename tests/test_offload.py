@@ -2,6 +2,7 @@
 
 import gc
 import json
+import mmap
 import random
 import shlex
 from pathlib import Path
@@ -27,6 +28,7 @@ from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.parallel import offload
 from hetero_attn.parallel.launch import run_ranks
 from hetero_attn.parallel.offload import DeviceAccount
+from hetero_attn.parallel.pinned import pinned_bytes, registered
 from hetero_attn.parallel.placement import DeviceMemoryError
 from hetero_attn.parallel.schedule_choice import Given
 from hetero_attn.profile import load_profile
@@ -208,6 +210,65 @@ def test_the_account_counts_what_lives_and_refuses_what_does_not_fit():
     del first, second
     gc.collect()
     assert account.held == 200 and account.peak == 1000
+
+
+class StandInCudart:
+    """Registers pages as CUDA's runtime does: none twice, errors as codes. Takes down what happens in order."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.said, self.pages = code, [], {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.said.append("register")
+        own = set(range(address // mmap.PAGESIZE, -(-(address + nbytes) // mmap.PAGESIZE)))
+        assert address % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0 and not any(own & each for each in self.pages.values())
+        if not self.code:
+            self.pages[address] = own
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.said.append("unregister")
+        del self.pages[address]
+        return 0
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 8), (0, 4, 2, 8), (5 << 20,)])
+def test_host_pages_are_registered_used_and_unregistered_in_order(shape):
+    cudart = StandInCudart()
+
+    def synchronize():
+        cudart.said.append("synchronize")
+        assert all(cudart.pages), "still registered while copies may run"
+
+    tensors = [registered(shape, torch.float16, cudart, synchronize) for _ in range(3)]
+    for place, tensor in enumerate(tensors):
+        assert tensor.shape == shape and tensor.dtype == torch.float16
+        tensor.fill_(place)
+    assert all((tensor == place).all() for place, tensor in enumerate(tensors))
+    if not tensors[0].numel():
+        assert not cudart.said
+        return
+    taken = sum(map(len, cudart.pages.values())) * mmap.PAGESIZE
+    assert cudart.said == ["register"] * 3 and taken == 3 * pinned_bytes(tensors[0].nbytes, "cuda")
+    del tensor, tensors
+    gc.collect()
+    assert cudart.said == ["register"] * 3 + ["synchronize", "unregister"] * 3 and not cudart.pages
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog):
+    cudart, forgotten = StandInCudart(code=2), []
+    tensor = registered((4, 4), torch.float32, cudart, lambda: None, lambda: forgotten.append(True)).fill_(1)
+    assert tensor.sum() == 16 and forgotten and "are not pinned (cudaHostRegister: error 2)" in caplog.text
+    del tensor
+    gc.collect()
+    assert cudart.said == ["register"]
+
+
+def test_what_pinned_memory_takes():
+    layer = (262144 + 64) * 8 * 128 * 2                                # K of one layer, 256K tokens, 8 heads of 128, 16 bits
+    assert pinned_bytes(layer, "cuda") == layer and pinned_bytes(layer + 1, "cuda") == layer + mmap.PAGESIZE
+    assert pinned_bytes(layer, "npu") == 1 << 30 and pinned_bytes(1 << 30, "npu") == 1 << 30
+    assert pinned_bytes(layer, "cpu") == layer and pinned_bytes(0, "npu") == 0
 
 
 @pytest.fixture(scope="module")
