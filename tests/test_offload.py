@@ -17,11 +17,12 @@ from tiny_checkpoint import write_checkpoint
 
 from hetero_attn.collectives import init_communicator
 from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models import placing as models_placing
 from hetero_attn.models.control import Driver
 from hetero_attn.models.conversation import Conversation
 from hetero_attn.models.generate import generate
 from hetero_attn.models.load import load_model
-from hetero_attn.models.placing import make_placing
+from hetero_attn.models.placing import Placing, host_room, make_placing
 from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.tokenizer import Tokenizer
@@ -326,6 +327,58 @@ def test_every_family_of_limits_gives_the_same_tokens(folder):
     expected = tokens_of(folder, {})[0]
     for host in (1, 3, 6):
         assert tokens_of(folder, {"placement": f"{host}-host-layers"})[0] == expected
+
+
+def few_at_a_time(folder, layers: float, count: int):
+    """`count` prompts in memory for so many layers' KV of the longest alone -> (tokens, placement, most that ran together, limit kept)."""
+    model = load_model(folder, profile_with(device_memory="1GiB"))
+    model.new_cache(PROMPT_TOKENS + 11, 1)
+    figures = model.placing.figures(model, 1)
+    limit = int(figures.weights + figures.activations + layers * model.placing.last.layer_bytes)
+    model, running = load_model(folder, profile_with(device_memory=f"{limit}B")), []
+    forward = model.forward
+    model.forward = lambda step, cache: (running.append(len(cache.sequences)), forward(step, cache))[1]
+    found = generate(model, prompts(count), SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=0.0))
+    return [each.token_ids for each in found], model.placing.last, max(running), model.placing.account.peak <= limit
+
+
+@pytest.mark.parametrize("layers", [6.0, 7.0, 2.1, 3.5])
+def test_prompts_that_fit_one_by_one_run_as_many_together_as_fit(folder, layers):
+    """However little there is beside what one of them needs, four of them do not fail, nor move to the host what the device holds."""
+    alone, placement, _, _ = few_at_a_time(folder, layers, 1)
+    assert bool(placement.host) == (layers < 6)
+    expected = tokens_of(folder, {}, count=4)[0]
+    found, placement, together, held = few_at_a_time(folder, layers, 4)
+    assert found == expected and found[0] == alone[0] and held
+    assert bool(placement.host) == (layers < 6) and 1 <= together < 4
+
+
+def test_sequences_by_what_memory_holds():
+    """Rank 0 has 4 blocks of 16 tokens with all KV on its device, 16 at most, and one less for each further sequence beside its own."""
+    placing = Placing(ranks=((4, 16, 1, 1, 16), (-1, 20, 0, 0, 16)))
+    assert placing.tokens(1) == (255, 63) and placing.tokens(2) == (223, 31) and placing.tokens(3) == (191, 0)
+    assert [placing.sequences(tokens, 8) for tokens in (10, 31, 32, 63, 64, 223, 255, 256)] == [2, 2, 1, 1, 6, 2, 1, 0]
+    assert placing.sequences(10, 1) == 1 and Placing(ranks=((-1, -1, 0, 0, 16),)).sequences(10**9, 5) == 5
+
+
+@pytest.mark.parametrize("arguments, room", [
+    ((None, 1, "cpu", 100, "auto", 6), None),
+    ((1000, 1, "cuda", 100, "auto", 6), 900),                            # nine tenths, of each rank its part
+    ((1000, 4, "cuda", None, 3, 6), 225),
+    ((1000, 2, "cpu", 100, "auto", 6), 350),                             # the device is a part of the same memory
+    ((1000, 2, "cpu", 500, "auto", 6), 0),
+    ((1000, 1, "cpu", None, 2, 6), 900 * 2 // 8),                        # two layers of host, six and their buffers of device
+])
+def test_what_of_host_memory_a_rank_may_fill(arguments, room):
+    assert host_room(*arguments) == room
+
+
+def test_host_memory_is_read_once(folder, monkeypatch):
+    monkeypatch.setattr(models_placing, "available_bytes", lambda: 1 << 30)
+    model = load_model(folder, profile_with(placement="2-host-layers"))
+    monkeypatch.setattr(models_placing, "available_bytes", lambda: pytest.fail("read again"))
+    model.new_cache(100, 1)
+    assert model.placing.host_room == int(0.9 * (1 << 30)) * 2 // 8
 
 
 @pytest.mark.ranks

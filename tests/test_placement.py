@@ -59,6 +59,8 @@ def test_what_is_asked_for_is_done_or_refused():
         place(8, 10, 69, 3)
     with pytest.raises(DeviceMemoryError, match="8 of 8 layers' KV on the host take 80 B, the host has 79 B"):
         place(8, 10, 20, host_room=79)
+    with pytest.raises(DeviceMemoryError, match="8 of 8 layers' KV on the host take 128 B, the host has 100 B"):
+        place(8, 10, 20, host_room=100, host_layer_bytes=16)
     with pytest.raises(ValueError, match="9 layers on the host, the model has 8"):
         place(8, 10, None, 9)
     assert most_layer_bytes(8, 80) == 40 and most_layer_bytes(8, 80, "all-device") == 10 and most_layer_bytes(8, 80, host_room=40) == 11

@@ -16,12 +16,12 @@ import torch
 from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.models.hosts import Host
 from hetero_attn.parallel.offload import allocated_bytes
-from hetero_attn.parallel.placement import ALL_DEVICE, AUTO, DeviceMemoryError, Placement, most_layer_bytes, parse, place
+from hetero_attn.parallel.pinned import pinned_bytes, pinned_share
+from hetero_attn.parallel.placement import ALL_DEVICE, AUTO, HOST_SHARE, DeviceMemoryError, Placement, most_layer_bytes, parse, place
 from hetero_attn.parallel.sharding import Partition
 from hetero_attn.quantity import parse_bytes
 
 REACHED = 0.6                   # of a matrix rate on paper that products of a prefill reach; the cpu backend: 0.6 to 1
-HOST_SHARE = 0.9                # of a host's memory that KV may take
 HOST_REACHED = 0.75             # of the host's memory rate that decoding reads at; the cpu backend: docs/measured/cpu_attention.md
 CROSSING_S = 25e-6              # of one copy of a few rows over the bus, launch and wait: a round figure
 ATTENTION_REACHED = 0.5         # of a matrix rate on paper that attention of a long prompt reaches: a round figure
@@ -101,7 +101,9 @@ def placed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.d
     """A rank's placement; room: of its device for KV. Raises ModelError with the context that would do."""
     asked = parse(host.profile.placement)
     try:
-        return place(config.layers, layer_bytes(host, partition, config, dtype, context), room, asked, host_room(host, together))
+        each = layer_bytes(host, partition, config, dtype, context)
+        pinned = each if host.profile.device == "cpu" else 2 * pinned_bytes(each // 2, host.profile.device)
+        return place(config.layers, each, room, asked, host_room(host, together), pinned)
     except (DeviceMemoryError, ValueError) as error:
         held = most_tokens(host, partition, config, dtype, room, together, asked)
         raise ModelError(f"rank {partition.rank} ({host.profile.name}) cannot hold {context} tokens: {error}; the largest context is {held}"
@@ -112,7 +114,8 @@ def most_tokens(
     host: Host, partition: Partition, config: ModelConfig, dtype: torch.dtype, room: int, together: int | None, asked: str | int = AUTO
 ) -> int:
     """Tokens of one sequence that a rank's memory holds. together: ranks in its host; None: host memory has no end."""
-    most = most_layer_bytes(config.layers, room, asked, None if together is None else host_room(host, together))
+    host_bytes = None if together is None else host_room(host, together)
+    most = most_layer_bytes(config.layers, room, asked, host_bytes and pinned_share(host_bytes, host.profile.device))
     block = host.profile.kv_block_size * token_bytes(partition, config, dtype)
     tokens = max(0, most // block - 1) * host.profile.kv_block_size
     while tokens > 0 and layer_bytes(host, partition, config, dtype, tokens) > most:                 # huge pages round up

@@ -29,6 +29,12 @@ def pinned_bytes(nbytes: int, device: str) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE if device == "cuda" else 1 << (nbytes - 1).bit_length()
 
 
+def pinned_share(room: int, device: str) -> int:
+    """Of host memory, bytes that tensors of any sizes may have together once they are pinned: half of it where sizes are rounded up to a
+    power of two, which is less than twice."""
+    return room if device in ("cpu", "cuda") else room // 2
+
+
 def pinned(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor of host memory for copies from and to the device. Raises what torch.empty does (RuntimeError)."""
     if device.type != "cuda":
