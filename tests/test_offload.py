@@ -21,8 +21,10 @@ from hetero_attn.models import placing as models_placing
 from hetero_attn.models.control import Driver
 from hetero_attn.models.conversation import Conversation
 from hetero_attn.models.generate import generate
+from hetero_attn.models.hosts import Host, Hosts
 from hetero_attn.models.load import load_model
 from hetero_attn.models.placing import Placing, host_room, make_placing
+from hetero_attn.models.planning import plan_model
 from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.tokenizer import Tokenizer
@@ -482,6 +484,16 @@ def test_generate_says_where_kv_lay_and_plan_says_the_same(folder, capsys):
     code, out, _ = run_command(capsys, "plan", str(folder), "--context", str(tokens), "--device-memory", limit, "--json", *few, *rates)
     planned = json.loads(out)["ranks"][0]
     assert (planned["host_layers"], planned["device_layers"]) == (rank["host_layers"], rank["device_layers"])
+
+
+def test_the_plan_counts_a_step_as_the_run_does(folder):
+    """A chunk's activations do not shrink with the context that is asked for: the cache's size is not known when they are placed."""
+    profile = profile_with(device_memory="1GiB", **{f"hardware.{name}": 10 for name in ("memory_gbps", "host_memory_gbps", "bus_gbps")})
+    model = load_model(folder, profile)
+    figures = model.placing.figures(model, 1)
+    for context in (8, 200):
+        (rank,) = plan_model(folder, Hosts((Host(profile, "cpu"),)), context=context).ranks
+        assert rank.activations == figures.activations
 
 
 def test_out_of_memory_names_a_command_that_runs(folder, capsys):

@@ -169,7 +169,7 @@ def _fixed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.d
     cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
     if cooperates(host):
         cache = min(cache, BUFFERS * layer_bytes(host, partition, config, dtype, context))
-    chunk = min(host.profile.prefill_chunk, context)
+    chunk = min(host.profile.prefill_chunk, config.context_length)             # as Placing.figures has it, whatever is asked for
     return _process(host) + cache + activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
 
 
@@ -192,7 +192,7 @@ def _rank(
     weights = sum(checkpoint.bytes_of(shard) for shard in every)
     table = sum(checkpoint.bytes_of(shard) for shard in every if shard.name == "model.embed_tokens.weight")
     cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
-    chunk = min(host.profile.prefill_chunk, context)
+    chunk = min(host.profile.prefill_chunk, config.context_length)             # as Placing.figures has it, whatever is asked for
     activations = activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
     memory, process, placement = _memory(host), _process(host), None
     if cooperates(host):
