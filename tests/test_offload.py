@@ -32,7 +32,7 @@ from hetero_attn.parallel import offload
 from hetero_attn.parallel.launch import run_ranks
 from hetero_attn.parallel.offload import DeviceAccount
 from hetero_attn.parallel.pinned import pinned_bytes, registered
-from hetero_attn.parallel.placement import DeviceMemoryError
+from hetero_attn.parallel.placement import DeviceMemoryError, Placement
 from hetero_attn.parallel.schedule_choice import Given
 from hetero_attn.profile import load_profile
 from hetero_attn.registry import use_backend
@@ -510,6 +510,22 @@ def test_out_of_memory_names_a_command_that_runs(folder, capsys):
                         (["--device-memory", "3"], "is no size"), (["--placement", "2", "--memory-budget", "1GiB"], "leave placement")):
         code, out, err = run_command(capsys, "generate", str(folder), "--prompt", "A", *words, *few)
         assert code == 2 and says in err and "\n" not in err.strip(), err
+
+
+def test_an_account_or_host_that_runs_out_is_told_what_to_do(folder, monkeypatch):
+    model = load_model(folder, profile_with(device_memory="1GiB", placement="2-host-layers"))
+    command = r"; what would fit.*: hetero-attn plan .* --context 16 --device-memory 1024MiB"
+    model.placing.account.held = model.placing.account.limit
+    monkeypatch.setattr(model.placing, "place", lambda *arguments: Placement(6, (2, 5), 4096))
+    with pytest.raises(DeviceMemoryError, match="rank 0: out of device memory: .* more are asked for.*" + command):
+        model.new_cache(16, 1)
+
+    def full(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(offload.host_memory, "empty", full)
+    with pytest.raises(DeviceMemoryError, match="rank 0: the host has no .* of memory for a layer's KV .*" + command):
+        model.new_cache(16, 1)
 
 
 def test_a_device_that_runs_out_is_told_what_to_do(folder):

@@ -144,9 +144,21 @@ def test_the_command_says_where_kv_lies_and_json_has_it_all(capsys):
 
 
 def test_a_number_that_nobody_gave_is_asked_for(capsys):
+    """Where layers lie and what that takes needs no rates; times do, and say so."""
     wanted = ["plan", str(PANGU), "--profile", "h100", "--tp", "2", "--context", "262144"]
-    assert main(wanted) == 2
-    assert "does not say hardware.bus_gbps (copies between host and device" in capsys.readouterr().err
+    assert main(wanted) == 0
+    text = capsys.readouterr().out
+    assert "layers' KV on the device, " in text and "host memory: " in text and "with cooperation" in text
+    assert "each further one not known" in text and "predicted, " not in text
+    assert "predicted times are not known: give hardware.bus_gbps and hardware.host_memory_gbps (GB/s), with --set hardware." in text
+    assert main([*wanted, "--set", "hardware.bus_gbps=50", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    shared = found["cooperation"]
+    assert found["token_s"] is shared["token"] is shared["prefill_s"] is shared["prefill_bus_s"] is None
+    assert shared["missing"] == ["hardware.host_memory_gbps"] and shared["prefill_device_s"] > 0 and found["ranks"][0]["host_layers"]
+    for name, ranks in (("a100", "4"), ("rtx4090", "8")):
+        assert main(["plan", str(PANGU), "--profile", name, "--tp", ranks, "--context", "400000"]) == 0
+        assert "predicted times are not known" in capsys.readouterr().out
     rates = ["--set", "hardware.host_memory_gbps=300", "--set", "hardware.bus_gbps=50"]
     assert main([*wanted, *rates]) == 0
     text = capsys.readouterr().out
