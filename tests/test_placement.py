@@ -141,6 +141,8 @@ def test_the_command_says_where_kv_lies_and_json_has_it_all(capsys):
     halves = json.loads(capsys.readouterr().out)["cooperation"]
     assert [host["ranks"] for host in halves["hosts"]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert halves["token"]["host_s"] == pytest.approx(shared["token"]["host_s"] / 2)
+    assert main([*wanted, "--placement", "49"]) == 2
+    assert capsys.readouterr().err.strip().endswith("placement asks for 49 layers on the host, the model has 48")
     for option, says in (("--placement=most", "is no placement"), ("--device-memory=3", "is no size"), ("--per-host=0", "at least 1")):
         assert main([*wanted, option]) == 2 and says in capsys.readouterr().err
     assert main(["plan", str(PANGU), "--profile", "h100", "--tp", "8", "--context", "262144"]) == 0

@@ -106,7 +106,9 @@ def placed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.d
         each = layer_bytes(host, partition, config, dtype, context)
         pinned = each if host.profile.device == "cpu" else 2 * pinned_bytes(each // 2, host.profile.device)
         return place(config.layers, each, room, asked, host_room(host, together), pinned)
-    except (DeviceMemoryError, ValueError) as error:
+    except ValueError as error:                                          # no placement of this model, whatever the context
+        raise ModelError(str(error)) from None
+    except DeviceMemoryError as error:
         held = most_tokens(host, partition, config, dtype, room, together, asked)
         raise ModelError(f"rank {partition.rank} ({host.profile.name}) cannot hold {context} tokens: {error}; the largest context is {held}"
                          ) from None
