@@ -2,6 +2,7 @@
 
 import gc
 import json
+import mmap
 import random
 import shlex
 from pathlib import Path
@@ -16,18 +17,22 @@ from tiny_checkpoint import write_checkpoint
 
 from hetero_attn.collectives import init_communicator
 from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models import placing as models_placing
 from hetero_attn.models.control import Driver
 from hetero_attn.models.conversation import Conversation
 from hetero_attn.models.generate import generate
+from hetero_attn.models.hosts import Host, Hosts
 from hetero_attn.models.load import load_model
-from hetero_attn.models.placing import make_placing
+from hetero_attn.models.placing import Placing, host_room, make_placing
+from hetero_attn.models.planning import plan_model
 from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.parallel import offload
 from hetero_attn.parallel.launch import run_ranks
 from hetero_attn.parallel.offload import DeviceAccount
-from hetero_attn.parallel.placement import DeviceMemoryError
+from hetero_attn.parallel.pinned import pinned_bytes, registered
+from hetero_attn.parallel.placement import DeviceMemoryError, Placement
 from hetero_attn.parallel.schedule_choice import Given
 from hetero_attn.profile import load_profile
 from hetero_attn.registry import use_backend
@@ -210,6 +215,65 @@ def test_the_account_counts_what_lives_and_refuses_what_does_not_fit():
     assert account.held == 200 and account.peak == 1000
 
 
+class StandInCudart:
+    """Registers pages as CUDA's runtime does: none twice, errors as codes. Takes down what happens in order."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.said, self.pages = code, [], {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.said.append("register")
+        own = set(range(address // mmap.PAGESIZE, -(-(address + nbytes) // mmap.PAGESIZE)))
+        assert address % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0 and not any(own & each for each in self.pages.values())
+        if not self.code:
+            self.pages[address] = own
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.said.append("unregister")
+        del self.pages[address]
+        return 0
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 8), (0, 4, 2, 8), (5 << 20,)])
+def test_host_pages_are_registered_used_and_unregistered_in_order(shape):
+    cudart = StandInCudart()
+
+    def synchronize():
+        cudart.said.append("synchronize")
+        assert all(cudart.pages), "still registered while copies may run"
+
+    tensors = [registered(shape, torch.float16, cudart, synchronize) for _ in range(3)]
+    for place, tensor in enumerate(tensors):
+        assert tensor.shape == shape and tensor.dtype == torch.float16
+        tensor.fill_(place)
+    assert all((tensor == place).all() for place, tensor in enumerate(tensors))
+    if not tensors[0].numel():
+        assert not cudart.said
+        return
+    taken = sum(map(len, cudart.pages.values())) * mmap.PAGESIZE
+    assert cudart.said == ["register"] * 3 and taken == 3 * pinned_bytes(tensors[0].nbytes, "cuda")
+    del tensor, tensors
+    gc.collect()
+    assert cudart.said == ["register"] * 3 + ["synchronize", "unregister"] * 3 and not cudart.pages
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog):
+    cudart, forgotten = StandInCudart(code=2), []
+    tensor = registered((4, 4), torch.float32, cudart, lambda: None, lambda: forgotten.append(True)).fill_(1)
+    assert tensor.sum() == 16 and forgotten and "are not pinned (cudaHostRegister: error 2)" in caplog.text
+    del tensor
+    gc.collect()
+    assert cudart.said == ["register"]
+
+
+def test_what_pinned_memory_takes():
+    layer = (262144 + 64) * 8 * 128 * 2                                # K of one layer, 256K tokens, 8 heads of 128, 16 bits
+    assert pinned_bytes(layer, "cuda") == layer and pinned_bytes(layer + 1, "cuda") == layer + mmap.PAGESIZE
+    assert pinned_bytes(layer, "npu") == 1 << 30 and pinned_bytes(1 << 30, "npu") == 1 << 30
+    assert pinned_bytes(layer, "cpu") == layer and pinned_bytes(0, "npu") == 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("model"), context_length=256, num_hidden_layers=6)
@@ -265,6 +329,58 @@ def test_every_family_of_limits_gives_the_same_tokens(folder):
     expected = tokens_of(folder, {})[0]
     for host in (1, 3, 6):
         assert tokens_of(folder, {"placement": f"{host}-host-layers"})[0] == expected
+
+
+def few_at_a_time(folder, layers: float, count: int):
+    """`count` prompts in memory for so many layers' KV of the longest alone -> (tokens, placement, most that ran together, limit kept)."""
+    model = load_model(folder, profile_with(device_memory="1GiB"))
+    model.new_cache(PROMPT_TOKENS + 11, 1)
+    figures = model.placing.figures(model, 1)
+    limit = int(figures.weights + figures.activations + layers * model.placing.last.layer_bytes)
+    model, running = load_model(folder, profile_with(device_memory=f"{limit}B")), []
+    forward = model.forward
+    model.forward = lambda step, cache: (running.append(len(cache.sequences)), forward(step, cache))[1]
+    found = generate(model, prompts(count), SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=0.0))
+    return [each.token_ids for each in found], model.placing.last, max(running), model.placing.account.peak <= limit
+
+
+@pytest.mark.parametrize("layers", [6.0, 7.0, 2.1, 3.5])
+def test_prompts_that_fit_one_by_one_run_as_many_together_as_fit(folder, layers):
+    """However little there is beside what one of them needs, four of them do not fail, nor move to the host what the device holds."""
+    alone, placement, _, _ = few_at_a_time(folder, layers, 1)
+    assert bool(placement.host) == (layers < 6)
+    expected = tokens_of(folder, {}, count=4)[0]
+    found, placement, together, held = few_at_a_time(folder, layers, 4)
+    assert found == expected and found[0] == alone[0] and held
+    assert bool(placement.host) == (layers < 6) and 1 <= together < 4
+
+
+def test_sequences_by_what_memory_holds():
+    """Rank 0 has 4 blocks of 16 tokens with all KV on its device, 16 at most, and one less for each further sequence beside its own."""
+    placing = Placing(ranks=((4, 16, 1, 1, 16), (-1, 20, 0, 0, 16)))
+    assert placing.tokens(1) == (255, 63) and placing.tokens(2) == (223, 31) and placing.tokens(3) == (191, 0)
+    assert [placing.sequences(tokens, 8) for tokens in (10, 31, 32, 63, 64, 223, 255, 256)] == [2, 2, 1, 1, 6, 2, 1, 0]
+    assert placing.sequences(10, 1) == 1 and Placing(ranks=((-1, -1, 0, 0, 16),)).sequences(10**9, 5) == 5
+
+
+@pytest.mark.parametrize("arguments, room", [
+    ((None, 1, "cpu", 100, "auto", 6), None),
+    ((1000, 1, "cuda", 100, "auto", 6), 900),                            # nine tenths, of each rank its part
+    ((1000, 4, "cuda", None, 3, 6), 225),
+    ((1000, 2, "cpu", 100, "auto", 6), 350),                             # the device is a part of the same memory
+    ((1000, 2, "cpu", 500, "auto", 6), 0),
+    ((1000, 1, "cpu", None, 2, 6), 900 * 2 // 8),                        # two layers of host, six and their buffers of device
+])
+def test_what_of_host_memory_a_rank_may_fill(arguments, room):
+    assert host_room(*arguments) == room
+
+
+def test_host_memory_is_read_once(folder, monkeypatch):
+    monkeypatch.setattr(models_placing, "available_bytes", lambda: 1 << 30)
+    model = load_model(folder, profile_with(placement="2-host-layers"))
+    monkeypatch.setattr(models_placing, "available_bytes", lambda: pytest.fail("read again"))
+    model.new_cache(100, 1)
+    assert model.placing.host_room == int(0.9 * (1 << 30)) * 2 // 8
 
 
 @pytest.mark.ranks
@@ -370,6 +486,16 @@ def test_generate_says_where_kv_lay_and_plan_says_the_same(folder, capsys):
     assert (planned["host_layers"], planned["device_layers"]) == (rank["host_layers"], rank["device_layers"])
 
 
+def test_the_plan_counts_a_step_as_the_run_does(folder):
+    """A chunk's activations do not shrink with the context that is asked for: the cache's size is not known when they are placed."""
+    profile = profile_with(device_memory="1GiB", **{f"hardware.{name}": 10 for name in ("memory_gbps", "host_memory_gbps", "bus_gbps")})
+    model = load_model(folder, profile)
+    figures = model.placing.figures(model, 1)
+    for context in (8, 200):
+        (rank,) = plan_model(folder, Hosts((Host(profile, "cpu"),)), context=context).ranks
+        assert rank.activations == figures.activations
+
+
 def test_out_of_memory_names_a_command_that_runs(folder, capsys):
     few = ["--profile", "cpu", "--set", "kv_block_size=4", "--set", "prefill_chunk=32"]
     limit = f"{budget_for(folder, 0) + 3 * 1024}B"
@@ -384,6 +510,22 @@ def test_out_of_memory_names_a_command_that_runs(folder, capsys):
                         (["--device-memory", "3"], "is no size"), (["--placement", "2", "--memory-budget", "1GiB"], "leave placement")):
         code, out, err = run_command(capsys, "generate", str(folder), "--prompt", "A", *words, *few)
         assert code == 2 and says in err and "\n" not in err.strip(), err
+
+
+def test_an_account_or_host_that_runs_out_is_told_what_to_do(folder, monkeypatch):
+    model = load_model(folder, profile_with(device_memory="1GiB", placement="2-host-layers"))
+    command = r"; what would fit.*: hetero-attn plan .* --context 16 --device-memory 1024MiB"
+    model.placing.account.held = model.placing.account.limit
+    monkeypatch.setattr(model.placing, "place", lambda *arguments: Placement(6, (2, 5), 4096))
+    with pytest.raises(DeviceMemoryError, match="rank 0: out of device memory: .* more are asked for.*" + command):
+        model.new_cache(16, 1)
+
+    def full(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(offload.host_memory, "empty", full)
+    with pytest.raises(DeviceMemoryError, match="rank 0: the host has no .* of memory for a layer's KV .*" + command):
+        model.new_cache(16, 1)
 
 
 def test_a_device_that_runs_out_is_told_what_to_do(folder):

@@ -140,7 +140,8 @@ def as_text(found) -> str:
     route = found.algorithm if found.codec == "none" else f"{found.algorithm} {found.codec}"
     where = "unified with the host's" if all(each.host.profile.device == "cpu" for each in found.ranks) else "the device's"
     lines += ["", f"memory is {where}; KV cache for {found.context} tokens, the largest that fits is {found.largest_context}",
-              f"first token of a prompt of {PROMPT}: {shown_seconds(found.first_token_s)}; each further one {shown_seconds(found.token_s)}"
+              f"first token of a prompt of {PROMPT}: {shown_seconds(found.first_token_s)}; each further one "
+              + ("not known" if found.token_s is None else shown_seconds(found.token_s))
               + (f", of which sums between ranks {shown_seconds(found.reduce_s)} ({route})" if found.reduce_s else "")
               + (f"; one rank alone {shown_seconds(found.alone_s)}" if found.alone_s and len(found.ranks) > 1 else "")]
     if found.cooperation is not None:

@@ -14,7 +14,8 @@ def facts(shared: Cooperation) -> dict[str, Any]:
     """Cooperation for --json: bytes, tokens and seconds. Placements stand with the ranks."""
     found = {name: value for name, value in asdict(shared).items() if name != "placements"}
     for name in ("token", "token_on_devices"):
-        found[name]["total_s"] = getattr(shared, name).total_s
+        if found[name] is not None:
+            found[name]["total_s"] = getattr(shared, name).total_s
     return found
 
 
@@ -37,6 +38,10 @@ def text(shared: Cooperation) -> list[str]:
     bound = "" if shared.largest == shared.largest_on_devices else f" ({shared.bound} memory is the bound)"
     alone = f"{shared.largest_on_devices} tokens with all KV on the devices"
     lines.append(f"largest context: {alone}, {shared.largest} with cooperation{bound}")
+    if shared.missing:
+        lines.append(f"predicted times are not known: give {' and '.join(shared.missing)} (GB/s), with --set {shared.missing[0]}=NUMBER or "
+                     "under `set` in hosts.yaml")
+        return lines
     token = shared.token
     parts = [("device", token.device_s), ("host's attention", token.host_s), ("bus", token.bus_s), ("sums", token.reduce_s)]
     line = f"predicted, at {shared.context} tokens: {shown_seconds(token.total_s)} a decoded token (" + ", ".join(

@@ -16,13 +16,14 @@ import torch
 from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.models.hosts import Host
 from hetero_attn.parallel.offload import allocated_bytes
-from hetero_attn.parallel.placement import ALL_DEVICE, AUTO, DeviceMemoryError, Placement, most_layer_bytes, parse, place
+from hetero_attn.parallel.pinned import pinned_bytes, pinned_share
+from hetero_attn.parallel.placement import ALL_DEVICE, AUTO, HOST_SHARE, DeviceMemoryError, Placement, most_layer_bytes, parse, place
 from hetero_attn.parallel.sharding import Partition
 from hetero_attn.quantity import parse_bytes
 
 REACHED = 0.6                   # of a matrix rate on paper that products of a prefill reach; the cpu backend: 0.6 to 1
-HOST_SHARE = 0.9                # of a host's memory that KV may take
 HOST_REACHED = 0.75             # of the host's memory rate that decoding reads at; the cpu backend: docs/measured/cpu_attention.md
+HOST_RATES = ("bus_gbps", "host_memory_gbps")
 CROSSING_S = 25e-6              # of one copy of a few rows over the bus, launch and wait: a round figure
 ATTENTION_REACHED = 0.5         # of a matrix rate on paper that attention of a long prompt reaches: a round figure
 
@@ -63,11 +64,12 @@ class Cooperation:
     largest_on_devices: int
     largest: int
     bound: str                                      # device | host
-    token: Pace
+    token: Pace | None                              # None: a rate is missing
     token_on_devices: Pace                          # at the largest context that the devices hold, or this one if they do
-    prefill_s: float | None                         # None: the device's matrix rate is not known
+    prefill_s: float | None                         # None: the device's matrix rate, or one of those that are missing, is not known
     prefill_device_s: float | None
-    prefill_bus_s: float
+    prefill_bus_s: float | None
+    missing: tuple[str, ...] = ()                   # values of the profiles without which there are no times
 
 
 def cooperates(host: Host) -> bool:
@@ -101,8 +103,12 @@ def placed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.d
     """A rank's placement; room: of its device for KV. Raises ModelError with the context that would do."""
     asked = parse(host.profile.placement)
     try:
-        return place(config.layers, layer_bytes(host, partition, config, dtype, context), room, asked, host_room(host, together))
-    except (DeviceMemoryError, ValueError) as error:
+        each = layer_bytes(host, partition, config, dtype, context)
+        pinned = each if host.profile.device == "cpu" else 2 * pinned_bytes(each // 2, host.profile.device)
+        return place(config.layers, each, room, asked, host_room(host, together), pinned)
+    except ValueError as error:                                          # no placement of this model, whatever the context
+        raise ModelError(str(error)) from None
+    except DeviceMemoryError as error:
         held = most_tokens(host, partition, config, dtype, room, together, asked)
         raise ModelError(f"rank {partition.rank} ({host.profile.name}) cannot hold {context} tokens: {error}; the largest context is {held}"
                          ) from None
@@ -112,7 +118,8 @@ def most_tokens(
     host: Host, partition: Partition, config: ModelConfig, dtype: torch.dtype, room: int, together: int | None, asked: str | int = AUTO
 ) -> int:
     """Tokens of one sequence that a rank's memory holds. together: ranks in its host; None: host memory has no end."""
-    most = most_layer_bytes(config.layers, room, asked, None if together is None else host_room(host, together))
+    host_bytes = None if together is None else host_room(host, together)
+    most = most_layer_bytes(config.layers, room, asked, host_bytes and pinned_share(host_bytes, host.profile.device))
     block = host.profile.kv_block_size * token_bytes(partition, config, dtype)
     tokens = max(0, most // block - 1) * host.profile.kv_block_size
     while tokens > 0 and layer_bytes(host, partition, config, dtype, tokens) > most:                 # huge pages round up
@@ -139,16 +146,23 @@ def cooperation(
                     for rank, placement in zip(own, placements)), key=lambda each: each.total_s)
 
     most, on_devices, placements = largest(AUTO), largest(ALL_DEVICE), [rank.placement for rank in own]
-    prompts = [[chunk_s(rank, config, dtype, past, count, number, reduce_s) for past, count in chunks(rank.host, context)] for rank in own]
-    known = all(device is not None for prompt in prompts for device, _ in prompt)
+    absent = tuple(dict.fromkeys(name for rank in own for name in missing(rank.host, rank.placement)))
+    prompts = [[chunk_s(rank, config, dtype, past, count, reduce_s, together) for past, count in chunks(rank.host, context)]
+               for rank in own]
+    on_device = all(device is not None for prompt in prompts for device, _ in prompt)
     return Cooperation(
         context=context, placements=tuple(placements), hosts=tuple(_hosts(own)), largest_on_devices=on_devices, largest=most,
-        bound="host" if most < largest(AUTO, endless=True) else "device", token=slowest(placements, context),
+        bound="host" if most < largest(AUTO, endless=True) else "device", token=None if absent else slowest(placements, context),
         token_on_devices=slowest([Placement(config.layers)] * len(own), min(context, on_devices)),
-        prefill_s=max(sum(map(max, prompt)) for prompt in prompts) if known else None,
-        prefill_device_s=max(sum(device for device, _ in prompt) for prompt in prompts) if known else None,
-        prefill_bus_s=max(sum(bus for _, bus in prompt) for prompt in prompts),
+        prefill_s=max(sum(map(max, prompt)) for prompt in prompts) if on_device and not absent else None,
+        prefill_device_s=max(sum(device for device, _ in prompt) for prompt in prompts) if on_device else None,
+        prefill_bus_s=None if absent else max(sum(bus for _, bus in prompt) for prompt in prompts), missing=absent,
     )
+
+
+def missing(host: Host, placement: Placement) -> tuple[str, ...]:
+    """Of the rates that layers on the host need, those that the profile does not say. Memory can be planned without them."""
+    return tuple(f"hardware.{name}" for name in HOST_RATES if placement.host and getattr(host.profile.hardware, name) is None)
 
 
 def sharing(hosts: Sequence[Host]) -> dict[str, int]:
@@ -192,8 +206,10 @@ def chunks(host: Host, context: int) -> list[tuple[int, int]]:
     return [(past, min(size, context - past)) for past in range(0, context, size)]
 
 
-def chunk_s(rank, config: ModelConfig, dtype: torch.dtype, past: int, count: int, number: Number, reduce_s) -> tuple[float | None, float]:
-    """(device, bus) seconds of one chunk: products, attention and sums; and the host layers' KV on its way, the longer direction."""
+def chunk_s(rank, config: ModelConfig, dtype: torch.dtype, past: int, count: int, reduce_s: Callable[[int], float],
+            together: dict[str, int]) -> tuple[float | None, float | None]:
+    """(device, bus) seconds of one chunk: products, attention and sums; and the host layers' KV on its way, the longer direction, at the
+    bus' rate or this rank's share of the host memory's, whichever is less. None: not known."""
     hardware, each = rank.host.profile.hardware, token_bytes(rank.partition, config, dtype)
     rate = {torch.bfloat16: hardware.bf16_tflops, torch.float16: hardware.fp16_tflops}.get(dtype) or hardware.fp32_tflops
     device_s = None
@@ -204,6 +220,8 @@ def chunk_s(rank, config: ModelConfig, dtype: torch.dtype, past: int, count: int
         device_s = max(products, rank.compute_s) + attention + reduce_s(count)
     if not rank.placement.host:
         return device_s, 0.0
-    bus = number(rank.host, "bus_gbps", "copies between host and device, GB/s") * 1e9
+    if missing(rank.host, rank.placement):
+        return device_s, None
+    bus = min(hardware.bus_gbps, HOST_REACHED * hardware.host_memory_gbps / together[rank.host.name]) * 1e9
     moved = sum(max(seen(config, layer, past), count) for layer in rank.placement.host) * each
     return device_s, moved / bus

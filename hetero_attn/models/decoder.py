@@ -25,7 +25,7 @@ from hetero_attn.models.moe import MixtureOfExperts
 from hetero_attn.models.norm import RMSNorm
 from hetero_attn.models.rope import RotaryEmbedding
 from hetero_attn.parallel.linear import VocabularyEmbedding, VocabularyHead
-from hetero_attn.parallel.placement import out_of_memory_text
+from hetero_attn.parallel.placement import DeviceMemoryError, out_of_memory_text
 from hetero_attn.parallel.schedule import Block, CommunicationLane, SumNorm, run_blocks
 from hetero_attn.parallel.schedule_choice import Schedule
 from hetero_attn.parallel.schedule_order import Cut
@@ -168,13 +168,14 @@ class Decoder(nn.Module):
 
     @contextmanager
     def out_of_memory(self, tokens: int) -> Iterator[None]:
-        """An allocator's refusal in the block becomes a DeviceMemoryError that says what to do. tokens: of the cache."""
+        """Without memory in the block: a DeviceMemoryError that says what to do, whoever refused. tokens: of the cache."""
         try:
             yield
-        except RuntimeError as error:
-            if self.placing is None or out_of_memory_text(error) is None:
+        except (RuntimeError, DeviceMemoryError) as error:
+            reason = str(error) if isinstance(error, DeviceMemoryError) else out_of_memory_text(error)
+            if self.placing is None or reason is None:
                 raise
-            raise self.placing.refusal(self, out_of_memory_text(error), tokens) from error
+            raise self.placing.refusal(self, reason, tokens) from error
 
     @torch.no_grad()
     def forward(self, step: Step, cache: PagedCache) -> torch.Tensor | None:

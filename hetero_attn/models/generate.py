@@ -117,7 +117,7 @@ class GenerationStream:
             memory = getattr(model, "memory", None)
             if cache_tokens is None and memory is not None and memory.budget is not None:
                 cache_tokens = memory.tokens                     # what the memory budget left room for
-            self.cache_tokens = _cache_tokens(model, running, max_batch, cache_tokens)
+            self.cache_tokens, max_batch = _cache_size(model, running, max_batch, cache_tokens)
             record = None if log is None else log.record
             self._pieces = _run_on_new_cache(driver, sequences, running, tokenizer, max_batch, self.cache_tokens, record)
         except BaseException:
@@ -308,20 +308,23 @@ def generation_config(path: str | Path) -> dict:
     return read_json(Path(path) / "generation_config.json", optional=True)
 
 
-def _cache_tokens(model, sequences: SequenceOf[Sequence], max_batch: int, asked: int | None) -> int:
-    """Tokens to make the cache for: what runs together needs, within bounds, and at least what the longest needs alone."""
+def _cache_size(model, sequences: SequenceOf[Sequence], max_batch: int, asked: int | None) -> tuple[int, int]:
+    """(tokens to make the cache for, sequences that run together): what they need together, within bounds, and at least what the longest
+    needs alone."""
     needs = sorted((sequence.final_length for sequence in sequences), reverse=True)
     if not needs:
-        return 0
+        return 0, max_batch
     if asked is not None and asked < needs[0]:
         raise ModelError(f"a prompt with its new tokens needs a cache of {needs[0]} tokens, cache_tokens is {asked}; "
                          "raise it (a memory budget's is load_model's), or ask for fewer new tokens")
-    usual, placing = CACHE_TOKENS, getattr(model, "placing", None)
+    usual, together, placing = asked or CACHE_TOKENS, min(max_batch, len(needs)), getattr(model, "placing", None)
     if placing is not None and placing.ranks:
-        most, on_device = placing.tokens(min(max_batch, len(needs)))
-        if most is not None and needs[0] > most:
+        together = placing.sequences(needs[0], together)
+        most, on_device = placing.tokens(together or 1)
+        if not together:
             raise placing.refusal(model, f"a prompt with its new tokens needs a KV cache of {needs[0]} tokens, memory holds {most} "
                                          f"(placement {shown(placing.asked)})", needs[0])
         # Sequences rather wait for one another than have all of them attended by the host.
-        usual = usual if on_device is None else min(usual, on_device)
-    return min(sum(needs[:max_batch]), max(needs[0], asked or usual))
+        bounds = (usual, most, None if asked else on_device)
+        usual = min(each for each in bounds if each is not None)
+    return min(sum(needs[:together]), max(needs[0], usual)), together

@@ -18,10 +18,12 @@ import torch
 from hetero_attn.models.budget import activation_bytes
 from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.parallel.offload import DeviceAccount, Traffic, allocated_bytes
+from hetero_attn.parallel.pinned import pinned_bytes, pinned_share
 from hetero_attn.parallel.placement import (
     ALL_DEVICE,
     AUTO,
     BUFFERS,
+    HOST_SHARE,
     DeviceMemoryError,
     Figures,
     Placement,
@@ -53,6 +55,7 @@ class Placing:
     ranks: tuple[tuple[int, int, int, int, int], ...] = ()
     last: Placement | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    host_room: int | None = None
 
     def figures(self, decoder, sequences: int) -> Figures:
         """The rank's device: what it may use, its weights, and a step's activations."""
@@ -76,7 +79,8 @@ class Placing:
         figures = self.figures(decoder, max_sequences)
         room = None if figures.room is None else figures.room - (self.account.held - weights_held(self.account, figures.weights))
         try:
-            found = place(decoder.config.layers, layer_bytes(decoder, num_blocks), room, self.asked, host_room())
+            found = place(decoder.config.layers, layer_bytes(decoder, num_blocks), room, self.asked, self.host_room,
+                          host_layer_bytes(decoder, num_blocks))
         except DeviceMemoryError as error:
             raise self.refusal(decoder, f"{error} ({figures})", num_blocks * decoder.kv_block_size) from None
         self.last = found
@@ -86,9 +90,21 @@ class Placing:
         """(most tokens of a cache, those with all KV on every device), of up to `sequences` sequences, that every rank can hold."""
         bounds = []
         for column in (1, 0):
-            each = [(rank[column] - sequences - (sequences - 1) * rank[2 + column]) * rank[4] for rank in self.ranks if rank[column] >= 0]
-            bounds.append(max(0, min(each)) if each else None)
+            # blocks beside the part of one that each sequence may waste (PagedCache.blocks_for), the last of them all but full
+            free = [(rank[column] - sequences - (sequences - 1) * rank[2 + column], rank[4]) for rank in self.ranks if rank[column] >= 0]
+            each = [(blocks + 1) * size - 1 if blocks >= 0 else 0 for blocks, size in free]
+            bounds.append(min(each) if each else None)
         return bounds[0], bounds[1]
+
+    def sequences(self, tokens: int, at_most: int) -> int:
+        """How many sequences to run together, up to at_most, the longest of so many tokens: as many as leave room for it on every device,
+        else in memory; 0 where it fits no cache. Each further sequence takes activations and part of a block."""
+        for column in (1, 0):
+            for count in range(at_most, 0, -1):
+                bound = self.tokens(count)[column]
+                if bound is None or tokens <= bound:
+                    return count
+        return 0
 
     def refusal(self, decoder, reason: str, tokens: int) -> DeviceMemoryError:
         """The error for tokens that do not fit, with what to do."""
@@ -132,13 +148,16 @@ def make_placing(decoder, profile: DeviceProfile, asked: str | int, limit: int |
     host_profile = None if device.type == "cpu" else load_profile("cpu")
     account = DeviceAccount(limit, weight_bytes(decoder) if limit is not None else 0)
     found = Placing(asked, limit, profile, host_profile, account)
+    together = ranks_of_this_host(decoder.communicator)                          # and all ranks' weights are where they will be
     figures = found.figures(decoder, 1)
     room, problem = figures.room, None
+    found.host_room = host_room(available_bytes(), together, device.type, room, asked, decoder.config.layers)
     if room is not None and room <= 0:
         problem = found.refusal(decoder, f"nothing of the device's memory is left for KV: {figures}", decoder.config.context_length)
     active, blocks, layers = room is not None or bool(isinstance(asked, int) and asked), [-1, -1, 0, 0], decoder.config.layers
     if active:
-        most = [most_layer_bytes(layers, room, how, host_room()) for how in (ALL_DEVICE, asked)]
+        host = None if found.host_room is None else pinned_share(found.host_room, device.type)
+        most = [most_layer_bytes(layers, room, how, host) for how in (ALL_DEVICE, asked)]
         logits = found.figures(decoder, 2).activations - figures.activations                      # of a sequence more
         blocks = [-1 if each is None else blocks_in(decoder, each) for each in most]
         blocks += [-(-logits // (layer_bytes(decoder, 1) * slots)) for slots in (layers, min(layers, BUFFERS))]
@@ -186,6 +205,12 @@ def layer_bytes(decoder, num_blocks: int) -> int:
     return 2 * allocated_bytes(one, decoder.device.type)
 
 
+def host_layer_bytes(decoder, num_blocks: int) -> int:
+    """What the same takes in host memory."""
+    kind = decoder.device.type
+    return layer_bytes(decoder, num_blocks) if kind == "cpu" else 2 * pinned_bytes(layer_bytes(decoder, num_blocks) // 2, kind)
+
+
 def blocks_in(decoder, layer_bytes: int) -> int:
     """Blocks of a cache whose K and V may take layer_bytes a layer."""
     one = decoder.kv_block_size * len(decoder.partition.kv_heads) * decoder.config.head_dim * decoder.dtype.itemsize
@@ -202,12 +227,40 @@ def free_bytes(device: torch.device) -> int:
     return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
-def host_room() -> int | None:
-    """Host memory that this rank may fill with KV: its share of what is available; None where the system does not tell."""
+def available_bytes() -> int | None:
+    """Host memory that could be had without swapping; None where the system does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return (int(line.split()[1]) << 10) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+                return int(line.split()[1]) << 10
     except (OSError, ValueError):
         pass
     return None
+
+
+def host_room(available: int | None, together: int, device: str, room: int | None, asked: str | int, layers: int) -> int | None:
+    """Host memory that one of `together` ranks of a host may fill with KV. On the CPU the "device" is a part of the same memory: its room
+    is taken off, and where it has no bound, the placement's own share of the KV."""
+    if available is None:
+        return None
+    share = int(available * HOST_SHARE) // together
+    if device != "cpu":
+        return share
+    if room is not None:
+        return max(0, share - max(0, room))
+    host = asked if isinstance(asked, int) else 0                                # auto keeps all on a device without bounds
+    return share * host // (layers + min(host, BUFFERS))
+
+
+def ranks_of_this_host(communicator) -> int:
+    """How many of the ranks share this host's memory. All ranks call it together, and come out of it together."""
+    named = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    if communicator.world_size == 1:
+        return named
+    try:
+        boot = int(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:15], 16)     # the same in all of its containers
+    except (OSError, ValueError):
+        boot = -1 - communicator.rank
+    own = torch.tensor([[boot]], dtype=torch.int64, device=communicator.device)
+    every = communicator.all_gather(own, sizes=[1] * communicator.world_size, site=SITE)                          # [ranks, 1]
+    return max(named, every.flatten().tolist().count(boot))

@@ -26,6 +26,7 @@ from hetero_attn.models.cooperation import (
     cooperation,
     device_memory,
     layer_bytes,
+    missing,
     pace,
     placed,
     sharing,
@@ -81,7 +82,7 @@ class ModelPlan:
     context: int
     largest_context: int
     first_token_s: float
-    token_s: float
+    token_s: float | None                           # None: a profile lacks a rate, see cooperation.missing
     reduce_s: float                                 # of token_s, all sums between ranks
     alone_s: float | None                           # a token on the best rank by itself; None where it cannot
     algorithm: str
@@ -121,7 +122,8 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
     prefill_reduce_s, *_ = _sums(hosts, link, config, dtype, PROMPT)
     found = cooperation(ranks, config, dtype, context, _number, lambda rows: _sums(hosts, link, config, dtype, rows)[0])
     token = max(max(each.compute_s + reduce_s, each.disk_s) for each in ranks)
-    token = max(token, found.token.total_s) if found else token
+    if found is not None:
+        token = None if found.token is None else max(token, found.token.total_s)
     first_token = max(max(_prefill_s(each, config, dtype) + prefill_reduce_s, each.disk_s) for each in ranks)
     alone = _alone(hosts, config, checkpoint, dtype, context)
     return ModelPlan(ranks, context, _largest_context(ranks, config, dtype, found), first_token, token, reduce_s, alone, algorithm, codec,
@@ -169,7 +171,7 @@ def _fixed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.d
     cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
     if cooperates(host):
         cache = min(cache, BUFFERS * layer_bytes(host, partition, config, dtype, context))
-    chunk = min(host.profile.prefill_chunk, context)
+    chunk = min(host.profile.prefill_chunk, config.context_length)             # as Placing.figures has it, whatever is asked for
     return _process(host) + cache + activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
 
 
@@ -192,7 +194,7 @@ def _rank(
     weights = sum(checkpoint.bytes_of(shard) for shard in every)
     table = sum(checkpoint.bytes_of(shard) for shard in every if shard.name == "model.embed_tokens.weight")
     cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
-    chunk = min(host.profile.prefill_chunk, context)
+    chunk = min(host.profile.prefill_chunk, config.context_length)             # as Placing.figures has it, whatever is asked for
     activations = activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
     memory, process, placement = _memory(host), _process(host), None
     if cooperates(host):
@@ -283,15 +285,19 @@ def _alone(hosts: Hosts, config: ModelConfig, checkpoint: Checkpoint, dtype: tor
             rank = _rank(host, whole, config, checkpoint, dtype, context, {host.name: 1})
         except ModelError:
             continue
+        if rank.placement and missing(host, rank.placement):
+            continue
         own = pace(rank, rank.placement, config, dtype, context, _number, 0.0, {host.name: 1}).total_s if rank.placement else rank.compute_s
         times.append(max(own, rank.disk_s))
     return min(times, default=None)
 
 
-def _remarks(link: Survey | None, ranks: Sequence[RankPlan], token: float, reduce_s: float, alone: float | None, codec: str):
+def _remarks(link: Survey | None, ranks: Sequence[RankPlan], token: float | None, reduce_s: float, alone: float | None, codec: str):
     if len(ranks) > 1 and link is None:
         yield ("the link is not known, so sums between ranks are left out: measure it with hetero-attn tune, or give link: in hosts.yaml "
                "or --link")
+    if token is None:
+        return
     slow = max(ranks, key=lambda each: max(each.disk_s, each.compute_s))
     reading = slow.disk_s > slow.compute_s + reduce_s
     if len(ranks) > 1 and alone is not None and alone <= token:

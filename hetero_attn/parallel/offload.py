@@ -21,6 +21,7 @@ import torch
 from hetero_attn import host_memory
 from hetero_attn.ops import attention_varlen
 from hetero_attn.parallel.lane import Mark, StreamLane, lanes
+from hetero_attn.parallel.pinned import pinned
 from hetero_attn.parallel.placement import DeviceMemoryError, Placement
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.quantity import shown_bytes
@@ -180,7 +181,7 @@ def _host_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     try:
         if device.type == "cpu":
             return host_memory.empty(shape, dtype, "cpu")
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)         # a copy from pageable memory would hold up the host
+        return pinned(shape, dtype, device)
     except RuntimeError as error:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         said = str(error).splitlines()[0]

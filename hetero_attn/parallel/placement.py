@@ -22,6 +22,7 @@ from hetero_attn.quantity import shown_bytes
 
 BUFFERS = 2                                          # one is read while the next is filled
 AUTO, ALL_DEVICE = "auto", "all-device"
+HOST_SHARE = 0.9                                     # of a host's memory that KV may take; the rest is the processes' own, and margin
 HOST_ROWS = 16                                       # see attends_on_host
 
 
@@ -93,8 +94,11 @@ def parse(text: str) -> str | int:
     return int(found[1])
 
 
-def place(layers: int, layer_bytes: int, room: int | None, asked: str | int = AUTO, host_room: int | None = None) -> Placement:
-    """The placement of a cache whose K and V take layer_bytes a layer.
+def place(
+    layers: int, layer_bytes: int, room: int | None, asked: str | int = AUTO, host_room: int | None = None,
+    host_layer_bytes: int | None = None,
+) -> Placement:
+    """The placement of a cache whose K and V take layer_bytes a layer, and host_layer_bytes in host memory (None: as much).
 
     room: bytes of the device for KV (None: no limit is known, and auto keeps all on the device); host_room: bytes of host memory (None: no
     limit). Raises DeviceMemoryError where it does not fit, ValueError for more host layers than there are.
@@ -105,8 +109,9 @@ def place(layers: int, layer_bytes: int, room: int | None, asked: str | int = AU
     for count in counts:
         found = Placement(layers, spread(layers, count), layer_bytes)
         if room is None or found.device_bytes <= room:
-            if host_room is not None and found.host_bytes > host_room:
-                raise DeviceMemoryError(f"{count} of {layers} layers' KV on the host take {shown_bytes(found.host_bytes)}, the host has "
+            taken = count * (host_layer_bytes or layer_bytes)
+            if host_room is not None and taken > host_room:
+                raise DeviceMemoryError(f"{count} of {layers} layers' KV on the host take {shown_bytes(taken)}, the host has "
                                         f"{shown_bytes(max(host_room, 0))} for this rank; ask for a shorter context")
             return found
     # auto has run through all counts; a layer less on the device is least where none is left there
