@@ -252,6 +252,30 @@ def test_a_flipped_bit_is_refused(folders, tmp_path, part, options):
         check(tmp_path / "damaged")
 
 
+@pytest.mark.parametrize("place", [-9, 4], ids=["data", "header"])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+def test_run_again_an_export_writes_what_is_damaged_anew(folders, tmp_path, place, finished):
+    """The remedy that a damaged slice's error names; a file of the right size is no good file."""
+    (made,) = export(folders["qwen3"], tmp_path, 2, ranks=[1])
+    file = made.folder / "layer-000.mlp.safetensors"
+    before = file.read_bytes()
+    if not finished:
+        manifest = json.loads((made.folder / "shard.json").read_text())
+        lines = [{"source": manifest["source"]}, *({name: facts} for name, facts in manifest["files"].items())]
+        (made.folder / "export.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (made.folder / "shard.json").unlink()
+    content = bytearray(before)
+    content[place] ^= 4
+    file.write_bytes(content)
+    (again,) = export(folders["qwen3"], tmp_path, 2, ranks=[1])
+    assert 0 < again.written <= len(before) and again.kept == made.written + sizes_of_headers(made.folder) - len(before)
+    assert file.read_bytes() == before and check(made.folder)
+
+
+def sizes_of_headers(folder):
+    return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors"))
+
+
 def test_truncated_missing_and_foreign_folders_are_refused(folders, tmp_path):
     good = folders["qwen3"] / "parts" / "rank-0-of-1"
 

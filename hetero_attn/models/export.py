@@ -1,8 +1,9 @@
 """Cutting a checkpoint into one folder a rank: read once slice by slice, checksummed as it is written, and resumable.
 
 A file is written under another name and renamed when it is whole; then a line goes into the folder's journal. An export that is started
-again keeps the files the journal knows, if the source is the same. The manifest comes last: a folder with one is complete. Experts that lie
-fused in one tensor are written as a tensor each, as most checkpoints have them.
+again keeps the files the journal knows, if the source is the same and their checksums still hold: that is how a damaged slice is mended.
+The manifest comes last: a folder with one is complete. Experts that lie fused in one tensor are written as a tensor each, as most
+checkpoints have them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hetero_attn.models.shard_folder import (
     stored_of,
 )
 from hetero_attn.models.streaming import HEAD_ROWS, Layout
-from hetero_attn.models.weights import DTYPES, Checkpoint, Entry, opened_file
+from hetero_attn.models.weights import DTYPES, Checkpoint, Entry, check_content, opened_file, shard_entries
 from hetero_attn.parallel.disk import ALIGN
 from hetero_attn.parallel.sharding import Partition, Shard
 
@@ -220,8 +221,7 @@ class _Journal:
 
     def _keep(self, files: dict) -> None:
         for name, facts in files.items():
-            path = self.folder / name
-            if path.is_file() and path.stat().st_size == facts["bytes"]:
+            if _intact(self.folder, name, facts):
                 self.files[name] = facts
                 self.kept += facts["bytes"]
 
@@ -243,6 +243,18 @@ class _Journal:
         content = json.loads(manifest.to_json()) | {"source": self.source}
         _whole(self.folder / MANIFEST, json.dumps(content, indent=1).encode())
         self._file.unlink(missing_ok=True)
+
+
+def _intact(folder: Path, name: str, facts: dict) -> bool:
+    """Whether a file is there and holds what its export wrote: all of it is read."""
+    try:
+        found = shard_entries(folder, {name: facts})
+        with opened_file(folder / name) as opened:
+            for tensor, entry in found.items():
+                check_content(opened, tensor, entry)
+    except ModelError:
+        return False
+    return True
 
 
 def _lines(file: Path) -> list[dict]:
@@ -283,7 +295,7 @@ def check(folder: Path, progress: Callable[[int, int], None] | None = None) -> i
     done, total = 0, sum(facts["bytes"] for facts in checkpoint.manifest.files.values())
     for name, entry in checkpoint.entries.items():
         with opened_file(entry.file) as opened:
-            checkpoint.check_content(opened, name)
+            check_content(opened, name, entry)
         done += entry.row_bytes * entry.stored_shape[0] if entry.stored_shape else 0
         if progress is not None:
             progress(done, max(total, done))
