@@ -208,6 +208,17 @@ def test_fused_experts_of_another_shape_are_refused(tmp_path):
         export(tmp_path, tmp_path / "parts", 2)
 
 
+def test_quantized_fused_experts_are_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_model("mixtral").save_pretrained(tmp_path, save_original_format=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name} is F8_E4M3, expected one of .*; quantized checkpoints are not supported"):
+        export(tmp_path, tmp_path / "parts", 2)
+
+
 def test_an_interrupted_export_goes_on(folders, tmp_path, monkeypatch):
     from hetero_attn.models import export as module
 

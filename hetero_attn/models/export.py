@@ -166,7 +166,7 @@ def separate_experts(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, t
     """Gives a checkpoint whose experts lie fused (mlp.experts.gate_up_proj [E, 2 ffn, C] and down_proj [E, C, ffn]) an entry for each
     expert's w1, w3 and w2 instead, which lie in it one after the other. Each one's (expert, first row) in its fused tensor.
 
-    Raises ModelError for fused tensors of another shape than config.json asks for.
+    Raises ModelError for fused tensors of another shape than config.json asks for, and for quantized ones.
     """
     found, ffn, hidden = {}, config.intermediate_size, config.hidden_size
     parts = {"gate_up_proj": (2 * ffn, hidden, (("w1", 0, ffn), ("w3", ffn, ffn))), "down_proj": (hidden, ffn, (("w2", 0, hidden),))}
@@ -176,6 +176,9 @@ def separate_experts(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, t
         entry = checkpoint.entries.pop(name)
         if entry.shape != (config.experts, rows, columns):
             raise ModelError(f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for {[config.experts, rows, columns]}")
+        if entry.dtype not in DTYPES:
+            raise ModelError(f"{entry.file}: {name} is {entry.dtype}, expected one of {', '.join(DTYPES)}; "
+                             "quantized checkpoints are not supported")
         for expert in range(config.experts):
             for matrix, first, count in matrices:
                 own = f"{stem}.{expert}.{matrix}.weight"
