@@ -156,9 +156,9 @@ def beside_accelerate(run: Run) -> None:
     if not steps:
         return
     throttle.sweep()
-    folder = run.checkpoint(run.shape)
+    folder, torch_bytes = run.checkpoint(run.shape), accelerate.torch_alone()
     for name, limit in limits.items():
-        facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else ""}
+        facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else "", "torch_bytes": torch_bytes}
         if (name, "ours") in steps:
             with run.parts_of(folder, accelerate.RANKS) as parts:
                 run.say(f"{accelerate.RANKS} ranks, the disk {name}")
