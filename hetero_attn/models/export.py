@@ -275,7 +275,10 @@ def _whole(file: Path, content: bytes) -> None:
     """Writes a small file whole or not at all. Raises OSError that names it."""
     part = file.with_name(f"{file.name}.part")
     try:
-        part.write_bytes(content)
+        with open(part, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())                # the name must not outlive a power cut that the content did not
         part.rename(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
