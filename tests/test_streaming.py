@@ -278,7 +278,9 @@ def test_run_again_an_export_writes_what_is_damaged_anew(folders, tmp_path, plac
     content = bytearray(before)
     content[place] ^= 4
     file.write_bytes(content)
-    (again,) = export(folders["qwen3"], tmp_path, 2, ranks=[1])
+    told = []
+    (again,) = export(folders["qwen3"], tmp_path, 2, ranks=[1], progress=lambda done, total: told.append((done, total)))
+    assert told == sorted(told) and told[-1][0] == told[-1][1] and len(told) > 3
     assert 0 < again.written <= len(before) and again.kept == made.written + sizes_of_headers(made.folder) - len(before)
     assert file.read_bytes() == before and check(made.folder)
 

@@ -75,15 +75,17 @@ def _export(path, config, checkpoint, out, world_size, vocabulary, ranks, partit
              (range(world_size) if ranks is None else ranks)]
     source = _source(checkpoint, world_size, plans[0].everyone)
     out.mkdir(parents=True, exist_ok=True)
-    journals = [_Journal(out / folder_name(plan.rank, world_size), source, config) for plan in plans]
-    total = sum(plan.nbytes for plan in plans)
-    done = sum(journal.kept for journal in journals)
+    total, tell = sum(plan.nbytes for plan in plans), progress or (lambda done, total: None)
+    journals, done = [], 0
+    for plan in plans:                               # what is there already is read whole, which takes its time
+        journals.append(_Journal(out / folder_name(plan.rank, world_size), source, config,
+                                 lambda kept, before=done: tell(min(before + kept, total), total)))
+        done += journals[-1].kept
     free = shutil.disk_usage(out).free
     if total - done > free:
         raise ModelError(f"{out} has {free / 1e9:.1f} GB free, the export needs {(total - done) / 1e9:.1f} GB more; free some, "
                          "choose another disk, or export one rank at a time with --rank")
-    tell = progress or (lambda done, total: None)
-    tell(done, total)
+    tell(min(done, total), total)
     found = []
     for plan, journal in zip(plans, journals):
         written = 0
@@ -92,7 +94,7 @@ def _export(path, config, checkpoint, out, world_size, vocabulary, ranks, partit
                 journal.add(file, plan.write(journal.folder / file, shards))
                 written += plan.sizes[file]
                 done += plan.sizes[file]
-                tell(done, total)
+                tell(min(done, total), total)
         journal.finish(plan, path)
         found.append(Export(journal.folder, written, journal.kept))
     return found
@@ -195,8 +197,8 @@ def _stored_shape(shard: Shard) -> tuple[int, ...]:
 class _Journal:
     """The finished files of a folder, and whether they are of this source."""
 
-    def __init__(self, folder: Path, source: str, config: ModelConfig) -> None:
-        self.folder, self.source, self.files, self.kept = folder, source, {}, 0
+    def __init__(self, folder: Path, source: str, config: ModelConfig, progress: Callable[[int], None]) -> None:
+        self.folder, self.source, self.files, self.kept, self._progress = folder, source, {}, 0, progress
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / JOURNAL
         if (folder / MANIFEST).exists():
@@ -227,6 +229,7 @@ class _Journal:
             if _intact(self.folder, name, facts):
                 self.files[name] = facts
                 self.kept += facts["bytes"]
+                self._progress(self.kept)
 
     def add(self, name: str, facts: dict) -> None:
         self.files[name] = facts
