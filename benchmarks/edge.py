@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "backends")]
 
-from edge import parts, report, throttle  # noqa: E402  (the package of this name, not this file)
+from edge import parts, report, throttle, verdicts  # noqa: E402  (the package of this name, not this file)
 from edge.record import Enough, Record  # noqa: E402
 
 
@@ -68,7 +68,7 @@ def main() -> int:
         report.draw(stem.with_suffix(".png"), record.results)
         stem.with_suffix(".md").write_text(report.markdown(record.results, f"{stem.name}.png"))
     print(json.dumps(record.results) if asked.json else report.markdown(record.results, None))
-    return 0 if all(passed for _, passed in report.verdicts(record.results)) else 1
+    return 0 if all(passed for _, passed in verdicts.verdicts(record.results)) else 1
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ def test_commands_say_in_a_line_what_cannot_be_written(folder, tmp_path):
                   stdout=subprocess.PIPE)
     assert ran.returncode == 2, ran.stderr
     assert "that --restart would go on from cannot be written to /sys/hetero-attn/restart" in ran.stderr and "Traceback" not in ran.stderr
+    (tmp_path / "file").write_text("no folder")
+    ran = command("generate", folder, "--prompt", "A", "--restart", "--max-new-tokens", 2, "--tp", 2, stdout=subprocess.PIPE,
+                  env={"HETERO_ATTN_CACHE_DIR": str(tmp_path / "file")})
+    assert ran.returncode == 2 and "cannot be written to" in ran.stderr, ran.stderr
+    assert ran.stderr.count("hetero-attn: error") == 1 and "Traceback" not in ran.stderr, ran.stderr
     with open("/dev/full", "w") as full:
         ran = command("generate", folder, "--prompt", "A", "--max-new-tokens", 2, stdout=full)
     assert ran.returncode == 2 and "hetero-attn: error: No space left on device" in ran.stderr and "Traceback" not in ran.stderr

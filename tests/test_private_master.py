@@ -1,5 +1,6 @@
 """Under vocabulary 'master' nothing that leaves rank 0 is a token id; what does leave it can be inverted, and a test shows that too."""
 
+import mmap
 import os
 import re
 import sys
@@ -70,7 +71,7 @@ def worked(request):
     from hetero_attn.cli.work import work
 
     code = work(request)
-    found, wanted = 0, re.compile(rb"[z]ebra-crossing-7291[!]")          # which is not found in itself
+    found, wanted, overlap = 0, re.compile(rb"[z]ebra-crossing-7291[!]"), len(MARKER)          # which is not found in itself
     for line in open("/proc/self/maps"):
         place, access, *rest = line.split()
         if not access.startswith("r") or rest[-1] in ("[vvar]", "[vsyscall]", "[vvar_vclock]"):
@@ -78,11 +79,20 @@ def worked(request):
         start, end = (int(each, 16) for each in place.split("-"))
         with open("/proc/self/mem", "rb", buffering=0) as memory:
             memory.seek(start)
-            try:
-                content = memory.read(end - start)
-            except OSError:
-                continue
-        found += len(wanted.findall(content))
+            before = b""
+            while start < end:                       # a read may give less than was asked for
+                try:
+                    content = memory.read(min(end - start, 64 << 20))
+                except OSError:                      # a page that nobody may read: on with the next
+                    start, before = (start // mmap.PAGESIZE + 1) * mmap.PAGESIZE, b""
+                    memory.seek(start)
+                    continue
+                if not content:
+                    break
+                start += len(content)
+                content = before + content
+                found += len(wanted.findall(content))
+                before = content[-overlap:]
     with open(f"{request.model}/found.{os.environ['RANK']}", "w") as file:
         file.write(str(found))
     return code

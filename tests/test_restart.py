@@ -62,6 +62,21 @@ def test_a_generation_goes_on_from_its_last_token(folder, tmp_path, temperature,
     assert other.tokens == 0
 
 
+@pytest.mark.parametrize("half", ['{"sho', '{"shown": 7}', "\x00\x00", "7"], ids=["cut", "no newline", "zeros", "no object"])
+def test_half_a_line_costs_that_line_alone(tmp_path, half):
+    """A full disk or a power cut leaves part of a line, which must not swallow the ones that follow it."""
+    params = SamplingParams(seed=3)
+    RestartLog(tmp_path / "log", ["A"], params).note_shown(5)
+    before = (tmp_path / "log").read_bytes()
+    with open(tmp_path / "log", "a") as file:
+        file.write(half)
+    log = RestartLog(tmp_path / "log", ["A"], params)
+    assert log.shown == 5 and (tmp_path / "log").read_bytes() == before
+    log.note_shown(9)
+    log.note_shown(12)
+    assert RestartLog(tmp_path / "log", ["A"], params).shown == 12
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("victim", [0, 1] if os.environ.get("HETERO_ATTN_FULL") else [1])
 def test_a_killed_rank_costs_time_and_no_text(folder, tmp_path, victim):

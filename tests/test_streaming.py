@@ -208,6 +208,17 @@ def test_fused_experts_of_another_shape_are_refused(tmp_path):
         export(tmp_path, tmp_path / "parts", 2)
 
 
+def test_quantized_fused_experts_are_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_model("mixtral").save_pretrained(tmp_path, save_original_format=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name} is F8_E4M3, expected one of .*; quantized checkpoints are not supported"):
+        export(tmp_path, tmp_path / "parts", 2)
+
+
 def test_an_interrupted_export_goes_on(folders, tmp_path, monkeypatch):
     from hetero_attn.models import export as module
 
@@ -250,6 +261,32 @@ def test_a_flipped_bit_is_refused(folders, tmp_path, part, options):
         logits_of(tmp_path / "damaged", **options)
     with pytest.raises(ModelError, match=f"{part} is damaged: the checksum of"):
         check(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("place", [-9, 4], ids=["data", "header"])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+def test_run_again_an_export_writes_what_is_damaged_anew(folders, tmp_path, place, finished):
+    """The remedy that a damaged slice's error names; a file of the right size is no good file."""
+    (made,) = export(folders["qwen3"], tmp_path, 2, ranks=[1])
+    file = made.folder / "layer-000.mlp.safetensors"
+    before = file.read_bytes()
+    if not finished:
+        manifest = json.loads((made.folder / "shard.json").read_text())
+        lines = [{"source": manifest["source"]}, *({name: facts} for name, facts in manifest["files"].items())]
+        (made.folder / "export.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (made.folder / "shard.json").unlink()
+    content = bytearray(before)
+    content[place] ^= 4
+    file.write_bytes(content)
+    told = []
+    (again,) = export(folders["qwen3"], tmp_path, 2, ranks=[1], progress=lambda done, total: told.append((done, total)))
+    assert told == sorted(told) and told[-1][0] == told[-1][1] and len(told) > 3
+    assert 0 < again.written <= len(before) and again.kept == made.written + sizes_of_headers(made.folder) - len(before)
+    assert file.read_bytes() == before and check(made.folder)
+
+
+def sizes_of_headers(folder):
+    return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors"))
 
 
 def test_truncated_missing_and_foreign_folders_are_refused(folders, tmp_path):

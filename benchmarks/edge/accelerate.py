@@ -18,7 +18,7 @@ from edge import ranks, throttle
 from hetero_attn.parallel.launch import RankFailure, run_ranks
 
 RANKS = 4
-MEMORIES = ("50MB", "100MB", "200MB", "400MB", "800MB", "1600MB")
+MEMORIES = ("1MB", "10MB", "25MB", "50MB", "100MB", "200MB", "400MB", "800MB", "1600MB")
 ONE_RUN = """
 import json, os, sys, threading, time
 sys.path[:0] = {paths!r}
@@ -58,6 +58,12 @@ over.set()
 print(json.dumps({{"first_s": times[0], "token_s": sorted(times[1:])[(len(times) - 1) // 2], "times": times, "peak": status("VmHWM"),
                    "anonymous": anonymous[0], "tokens": chosen, "on": sorted(set(map(str, model.hf_device_map.values())))}}))
 """
+
+
+def torch_alone() -> int:
+    """Peak bytes of a process that has imported torch and nothing else: what every process here holds before it holds a weight."""
+    code = "import torch; print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout) << 10
 
 
 def theirs(folder: Path, limit: float | None, tokens: int) -> dict:

@@ -92,6 +92,7 @@ def bits(run: Run) -> None:
             held, streamed = (run_ranks(ranks.generate, (str(parts), options, 6), 2, threads=1)[0]
                               for options in ({}, {"memory_budget": "450MiB"}))
             return {"equal": held["logits"] == streamed["logits"] and held["tokens"] == streamed["tokens"], "tokens": len(held["tokens"]),
+                    "compared": "all of it, by sha256",
                     "held_token_s": held["token_s"], "streamed_token_s": streamed["token_s"]}
 
         run.record.step("bits", "run", both)
@@ -155,9 +156,9 @@ def beside_accelerate(run: Run) -> None:
     if not steps:
         return
     throttle.sweep()
-    folder = run.checkpoint(run.shape)
+    folder, torch_bytes = run.checkpoint(run.shape), accelerate.torch_alone()
     for name, limit in limits.items():
-        facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else ""}
+        facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else "", "torch_bytes": torch_bytes}
         if (name, "ours") in steps:
             with run.parts_of(folder, accelerate.RANKS) as parts:
                 run.say(f"{accelerate.RANKS} ranks, the disk {name}")

@@ -36,7 +36,7 @@ def unavailable(folder: str | Path) -> str | None:
         disk_of(folder)
     except OSError as error:
         return str(error)
-    if (VERSION_1 / "blkio.throttle.read_bps_device").exists():
+    if _first():
         return None
     if "io" in _words(VERSION_2 / "cgroup.subtree_control"):
         return None
@@ -45,7 +45,7 @@ def unavailable(folder: str | Path) -> str | None:
 
 def described() -> str:
     """What limits the reads here, in words."""
-    return "blkio.throttle.read_bps_device, version 1" if VERSION_1.exists() else "io.max, version 2"
+    return "blkio.throttle.read_bps_device, version 1" if _first() else "io.max, version 2"
 
 
 @contextlib.contextmanager
@@ -54,9 +54,9 @@ def limited(folder: str | Path, mbytes_s: float | None) -> Iterator[None]:
     if mbytes_s is None:
         yield
         return
-    first = (VERSION_1 / "blkio.throttle.read_bps_device").exists()
+    first = _first()
     root = VERSION_1 if first else VERSION_2
-    group, before = root / f"{PREFIX}{os.getpid()}", root / _own_group(first) / "cgroup.procs"
+    group, before = root / f"{PREFIX}{os.getpid()}", _own_processes(root, first)
     group.mkdir()
     try:
         disk, rate = disk_of(folder), int(mbytes_s * 1e6)
@@ -73,8 +73,20 @@ def limited(folder: str | Path, mbytes_s: float | None) -> Iterator[None]:
 
 
 def sweep() -> int:
-    """Removes the groups of processes that ended inside them; how many."""
-    return sum(_remove(group) for root in (VERSION_1, VERSION_2) for group in root.glob(f"{PREFIX}*") if not _words(group / "cgroup.procs"))
+    """Removes the groups of processes that ended inside them; how many. A process that lives keeps its own, be it not yet in it."""
+    return sum(_remove(group) for root in (VERSION_1, VERSION_2) for group in root.glob(f"{PREFIX}*")
+               if not Path("/proc", group.name.removeprefix(PREFIX)).exists() and not _words(group / "cgroup.procs"))
+
+
+def _first() -> bool:
+    """Whether it is version 1 that limits reads here."""
+    return (VERSION_1 / "blkio.throttle.read_bps_device").exists()
+
+
+def _own_processes(root: Path, first: bool) -> Path:
+    """Where this process is to go back to: its own group, or the root's where that is not to be seen (in a container)."""
+    own = root / _own_group(first) / "cgroup.procs"
+    return own if own.exists() else root / "cgroup.procs"
 
 
 def _own_group(first: bool) -> str:

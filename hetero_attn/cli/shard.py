@@ -19,7 +19,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "shard", help="cut a checkpoint into one folder a rank",
         description="Writes DIR/rank-R-of-N for every rank: its slices in safetensors files with checksums. Run again, an interrupted "
-                    "export goes on where it stopped.",
+                    "export goes on where it stopped, and what is damaged is written anew.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="directory with config.json and *.safetensors (with --check: a rank's folder)")

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import Any
@@ -184,7 +184,8 @@ def in_own_ranks(request: Request) -> int:
         raise failed from None
     finally:
         if request.restart is not None:
-            request.restart.unlink(missing_ok=True)            # nobody else knows its name
+            with suppress(OSError):                            # not there, or nowhere to be: that has been told already
+                request.restart.unlink()                       # nobody else knows its name
 
 
 def without_text(request: Request) -> Request:

@@ -1,8 +1,9 @@
 """Cutting a checkpoint into one folder a rank: read once slice by slice, checksummed as it is written, and resumable.
 
 A file is written under another name and renamed when it is whole; then a line goes into the folder's journal. An export that is started
-again keeps the files the journal knows, if the source is the same. The manifest comes last: a folder with one is complete. Experts that lie
-fused in one tensor are written as a tensor each, as most checkpoints have them.
+again keeps the files the journal knows, if the source is the same and their checksums still hold: that is how a damaged slice is mended.
+The manifest comes last: a folder with one is complete. Experts that lie fused in one tensor are written as a tensor each, as most
+checkpoints have them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hetero_attn.models.shard_folder import (
     stored_of,
 )
 from hetero_attn.models.streaming import HEAD_ROWS, Layout
-from hetero_attn.models.weights import DTYPES, Checkpoint, Entry, opened_file
+from hetero_attn.models.weights import DTYPES, Checkpoint, Entry, check_content, opened_file, shard_entries
 from hetero_attn.parallel.disk import ALIGN
 from hetero_attn.parallel.sharding import Partition, Shard
 
@@ -74,15 +75,17 @@ def _export(path, config, checkpoint, out, world_size, vocabulary, ranks, partit
              (range(world_size) if ranks is None else ranks)]
     source = _source(checkpoint, world_size, plans[0].everyone)
     out.mkdir(parents=True, exist_ok=True)
-    journals = [_Journal(out / folder_name(plan.rank, world_size), source, config) for plan in plans]
-    total = sum(plan.nbytes for plan in plans)
-    done = sum(journal.kept for journal in journals)
+    total, tell = sum(plan.nbytes for plan in plans), progress or (lambda done, total: None)
+    journals, done = [], 0
+    for plan in plans:                               # what is there already is read whole, which takes its time
+        journals.append(_Journal(out / folder_name(plan.rank, world_size), source, config,
+                                 lambda kept, before=done: tell(min(before + kept, total), total)))
+        done += journals[-1].kept
     free = shutil.disk_usage(out).free
     if total - done > free:
         raise ModelError(f"{out} has {free / 1e9:.1f} GB free, the export needs {(total - done) / 1e9:.1f} GB more; free some, "
                          "choose another disk, or export one rank at a time with --rank")
-    tell = progress or (lambda done, total: None)
-    tell(done, total)
+    tell(min(done, total), total)
     found = []
     for plan, journal in zip(plans, journals):
         written = 0
@@ -91,7 +94,7 @@ def _export(path, config, checkpoint, out, world_size, vocabulary, ranks, partit
                 journal.add(file, plan.write(journal.folder / file, shards))
                 written += plan.sizes[file]
                 done += plan.sizes[file]
-                tell(done, total)
+                tell(min(done, total), total)
         journal.finish(plan, path)
         found.append(Export(journal.folder, written, journal.kept))
     return found
@@ -165,7 +168,7 @@ def separate_experts(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, t
     """Gives a checkpoint whose experts lie fused (mlp.experts.gate_up_proj [E, 2 ffn, C] and down_proj [E, C, ffn]) an entry for each
     expert's w1, w3 and w2 instead, which lie in it one after the other. Each one's (expert, first row) in its fused tensor.
 
-    Raises ModelError for fused tensors of another shape than config.json asks for.
+    Raises ModelError for fused tensors of another shape than config.json asks for, and for quantized ones.
     """
     found, ffn, hidden = {}, config.intermediate_size, config.hidden_size
     parts = {"gate_up_proj": (2 * ffn, hidden, (("w1", 0, ffn), ("w3", ffn, ffn))), "down_proj": (hidden, ffn, (("w2", 0, hidden),))}
@@ -175,6 +178,9 @@ def separate_experts(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, t
         entry = checkpoint.entries.pop(name)
         if entry.shape != (config.experts, rows, columns):
             raise ModelError(f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for {[config.experts, rows, columns]}")
+        if entry.dtype not in DTYPES:
+            raise ModelError(f"{entry.file}: {name} is {entry.dtype}, expected one of {', '.join(DTYPES)}; "
+                             "quantized checkpoints are not supported")
         for expert in range(config.experts):
             for matrix, first, count in matrices:
                 own = f"{stem}.{expert}.{matrix}.weight"
@@ -191,8 +197,8 @@ def _stored_shape(shard: Shard) -> tuple[int, ...]:
 class _Journal:
     """The finished files of a folder, and whether they are of this source."""
 
-    def __init__(self, folder: Path, source: str, config: ModelConfig) -> None:
-        self.folder, self.source, self.files, self.kept = folder, source, {}, 0
+    def __init__(self, folder: Path, source: str, config: ModelConfig, progress: Callable[[int], None]) -> None:
+        self.folder, self.source, self.files, self.kept, self._progress = folder, source, {}, 0, progress
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / JOURNAL
         if (folder / MANIFEST).exists():
@@ -220,10 +226,10 @@ class _Journal:
 
     def _keep(self, files: dict) -> None:
         for name, facts in files.items():
-            path = self.folder / name
-            if path.is_file() and path.stat().st_size == facts["bytes"]:
+            if _intact(self.folder, name, facts):
                 self.files[name] = facts
                 self.kept += facts["bytes"]
+                self._progress(self.kept)
 
     def add(self, name: str, facts: dict) -> None:
         self.files[name] = facts
@@ -245,6 +251,18 @@ class _Journal:
         self._file.unlink(missing_ok=True)
 
 
+def _intact(folder: Path, name: str, facts: dict) -> bool:
+    """Whether a file is there and holds what its export wrote: all of it is read."""
+    try:
+        found = shard_entries(folder, {name: facts})
+        with opened_file(folder / name) as opened:
+            for tensor, entry in found.items():
+                check_content(opened, tensor, entry)
+    except ModelError:
+        return False
+    return True
+
+
 def _lines(file: Path) -> list[dict]:
     """A journal's whole lines; the last may have been cut off as it was written, and its file is then made again."""
     found = []
@@ -260,7 +278,10 @@ def _whole(file: Path, content: bytes) -> None:
     """Writes a small file whole or not at all. Raises OSError that names it."""
     part = file.with_name(f"{file.name}.part")
     try:
-        part.write_bytes(content)
+        with open(part, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())                # the name must not outlive a power cut that the content did not
         part.rename(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
@@ -283,7 +304,7 @@ def check(folder: Path, progress: Callable[[int, int], None] | None = None) -> i
     done, total = 0, sum(facts["bytes"] for facts in checkpoint.manifest.files.values())
     for name, entry in checkpoint.entries.items():
         with opened_file(entry.file) as opened:
-            checkpoint.check_content(opened, name)
+            check_content(opened, name, entry)
         done += entry.row_bytes * entry.stored_shape[0] if entry.stored_shape else 0
         if progress is not None:
             progress(done, max(total, done))

@@ -40,8 +40,10 @@ class RestartLog:
         self._tokens: dict[int, list[int]] = {}
         self._states: dict[int, bytes | None] = {}
         request = hashlib.sha256(repr((list(prompts), {**vars(params), "seed": None})).encode()).hexdigest()
-        lines = self._read()
+        lines, whole = self._read()
         if lines and lines[0].get("request") == request:
+            with self._errors_told():
+                os.truncate(self.path, whole)                            # what follows half a line could never be read again
             self.seed = lines[0]["seed"]
             for line in lines[1:]:
                 if "shown" in line:
@@ -103,13 +105,20 @@ class RestartLog:
             raise ModelError(f"the tokens that --restart would go on from cannot be written to {self.path}: {error.strerror}; free some "
                              "space there, set HETERO_ATTN_CACHE_DIR to another folder, or leave --restart out") from None
 
-    def _read(self) -> list[dict]:
-        found = []
+    def _read(self) -> tuple[list[dict], int]:
+        """The whole lines, and how many bytes they take; the last may have been cut off as it was written."""
+        found, whole = [], 0
         try:
-            for line in self.path.read_text().splitlines():
-                found.append(json.loads(line))
+            content = self.path.read_bytes()
         except OSError:
-            return []
-        except ValueError:                                               # cut off as it was written
-            pass
-        return found
+            return found, whole
+        for line in content.splitlines(keepends=True):
+            try:
+                read = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or not isinstance(read, dict):
+                break
+            found.append(read)
+            whole += len(line)
+        return found, whole

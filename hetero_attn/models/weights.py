@@ -13,7 +13,7 @@ import logging
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +89,7 @@ class Checkpoint:
         index = self.path / INDEX
         if (self.path / MANIFEST).exists():
             self.manifest = read_manifest(self.path, ModelConfig.from_dir(self.path))
-            self.entries = shard_entries(self.path, self.manifest)
+            self.entries = shard_entries(self.path, self.manifest.files)
         elif index.exists():
             placed = _weight_map(index)
             for name in sorted(set(placed.values())):
@@ -121,15 +121,6 @@ class Checkpoint:
         if not known:
             raise ModelError(f"{self.path}: the tensors are {', '.join(sorted(held)) or 'missing'}, expected one of {', '.join(DTYPES)}")
         return DTYPES[max(known, key=known.get)]
-
-    def check_content(self, opened, name: str) -> None:
-        """Raises ModelError when a tensor's bytes are not those its checksums were made of. opened: its file, from opened_file()."""
-        entry = self.entries[name]
-        tensor = opened.get_slice(entry.key or name)
-        for start, stop, digest in entry.checked_rows():
-            if hashlib.sha256(tensor[start:stop].contiguous().view(torch.uint8).numpy()).hexdigest() != digest:
-                raise ModelError(f"{entry.file} is damaged: the checksum of {name} is not that of its export; "
-                                 "copy the folder again, or run hetero-attn shard again")
 
     def bytes_of(self, shard: Shard) -> int:
         """What the shard takes in the checkpoint."""
@@ -179,16 +170,25 @@ class Checkpoint:
         entry = self.entries[shard.name]
         if entry.checks and shard.name not in self._checked:
             self._checked.add(shard.name)
-            self.check_content(opened, shard.name)
+            check_content(opened, shard.name, entry)
         if shard.into.numel():
             own = tuple(slice(part.start, part.stop) for part in entry.within(shard.own))
             shard.into.copy_(opened.get_slice(entry.key or shard.name)[own or slice(None)])
 
 
-def shard_entries(folder: Path, manifest: Manifest) -> dict[str, Entry]:
-    """The tensors of a rank's folder, after a look at every file's size and header. Raises ModelError."""
+def check_content(opened, name: str, entry: Entry) -> None:
+    """Raises ModelError when a tensor's bytes are not those its checksums were made of. opened: its file, from opened_file()."""
+    tensor = opened.get_slice(entry.key or name)
+    for start, stop, digest in entry.checked_rows():
+        if hashlib.sha256(tensor[start:stop].contiguous().view(torch.uint8).numpy()).hexdigest() != digest:
+            raise ModelError(f"{entry.file} is damaged: the checksum of {name} is not that of its export; "
+                             "copy the folder again, or run hetero-attn shard again")
+
+
+def shard_entries(folder: Path, files: Mapping[str, dict]) -> dict[str, Entry]:
+    """The tensors of a rank's folder, after a look at every file's size and header. files: a manifest's. Raises ModelError."""
     found: dict[str, Entry] = {}
-    for name, facts in manifest.files.items():
+    for name, facts in files.items():
         file = folder / name
         headers = read_header(file)
         if file.stat().st_size != facts["bytes"]:
