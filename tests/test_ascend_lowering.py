@@ -79,7 +79,7 @@ def test_every_dtype_lowers(dtype):
     assert "linalg.matmul" in lowered(constants(HAS_RIGHT=True), dtype)
 
 
-@pytest.mark.parametrize("flags", product((False, True), repeat=len(FLAGS)), ids=str)
+@pytest.mark.parametrize("flags", list(product((False, True), repeat=len(FLAGS))), ids=str)
 def test_every_combination_lowers(flags):
     assert "linalg.matmul" in lowered(constants(**dict(zip(FLAGS, flags))), "fp16")
 
