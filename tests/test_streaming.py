@@ -101,7 +101,7 @@ def test_ranks_stream_the_text_of_one(folders, tmp_path, vocabulary, world_size)
 
 
 def test_a_budget_too_small_names_the_smallest_that_works(folders):
-    with pytest.raises(ModelError, match=r"is too small: rank 0 has 50 MiB and needs [0-9.]+ [MG]iB .*the smallest that works is") as caught:
+    with pytest.raises(ModelError, match=r"rank 0 has 50 MiB and needs [0-9.]+ [MG]iB .*the smallest that works is") as caught:
         logits_of(folders["qwen3"], memory_budget="50MiB")
     smallest = str(caught.value).partition("that works is ")[2].partition(";")[0]
     _, model = logits_of(folders["qwen3"], memory_budget=f"{int(smallest.removesuffix('MiB')) + 64}MiB")

@@ -11,10 +11,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hetero_attn_triton import tuning
+from hetero_attn_triton import tuned_tiles
 from hetero_attn_triton.launching import GpuLauncher
 from hetero_attn_triton.tiling import Tile, shape_class
-from hetero_attn_triton.tuning import digest, load_tuned, quickest, save_tuned, specs, tuned_path
+from hetero_attn_triton.tuned_tiles import digest, load_tuned, save_tuned, tuned_path
+from hetero_attn_triton.tuning import quickest, specs
 
 from hetero_attn.artifacts import CacheError
 
@@ -45,7 +46,7 @@ def test_kept_and_found(own_cache):
 
 def test_another_kernel_is_measured_anew(monkeypatch):
     save_tuned(NAME, {"x": A}, {})
-    monkeypatch.setattr(tuning, "digest", lambda: "0" * 12)
+    monkeypatch.setattr(tuned_tiles, "digest", lambda: "0" * 12)
     assert load_tuned(NAME) == {}
 
 

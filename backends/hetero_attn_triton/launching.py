@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from hetero_attn_triton.tiling import Device, Tile
+from hetero_attn_triton.tuned_tiles import load_tuned
 
 UNCOMPILED = {"CompilationError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct", "PTXASError"}    # Triton's, by name
 UNCOMPILED_WORDS = ("PassManager::run failed", "failed to translate module to LLVM IR", "LLVM Translation failed")
@@ -124,8 +125,6 @@ class GpuLauncher:
 
     def tuned(self, device: torch.device) -> dict[str, Tile]:
         """What was measured on this kind of device; read once a process."""
-        from hetero_attn_triton.tuning import load_tuned
-
         index = torch.cuda.current_device() if device.index is None else device.index
         if index not in self._tuned:
             self._tuned[index] = load_tuned(torch.cuda.get_device_name(index))
