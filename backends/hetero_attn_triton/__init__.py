@@ -1,8 +1,8 @@
 """Attention in Triton for any GPU that Triton serves: NVIDIA from Ampere on, AMD, one source for prefill, decode and pages.
 
-`tiling` cuts a call in pure Python, `tuning` measures tiles where asked to (`tuned_tiles` keeps them), `calls` turns tensors into launches, `launching`
-puts them on the device, and the kernels are `attention_kernel`, `combine_kernel`, `norm_kernel` and `codec_kernel`. A launcher may be
-another's: tests run the same kernels on the CPU by Triton's interpreter. Nothing imports triton before it is needed.
+`tiling` cuts a call in pure Python, `tuning` measures tiles where asked to (`tuned_tiles` keeps them), `calls` turns tensors into launches,
+`launching` puts them on the device, and the kernels are `attention_kernel`, `combine_kernel`, `norm_kernel` and `codec_kernel`. A launcher
+may be another's: tests run the same kernels on the CPU by Triton's interpreter. Nothing imports triton before it is needed.
 """
 
 from __future__ import annotations
