@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 
 from links import LinksError, RankError, links, unavailable  # noqa: E402  (the package of this name, not this file)
-from links.prove import broken_promises, show, show_counters  # noqa: E402
+from links.prove import broken_promises, prove, show, show_counters  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
@@ -53,7 +53,7 @@ def main() -> int:
     try:
         with links(asked.ranks, asked.rate, asked.delay, mtu=asked.mtu, queue_ms=asked.queue, via=asked.via) as network:
             if asked.prove or not asked.command:
-                report["proof"] = proof = network.prove(asked.seconds)
+                report["proof"] = proof = prove(network, asked.seconds)
                 broken = report["broken"] = broken_promises(proof)
                 failed = bool(broken)
                 words = "\n".join([show(proof), *(f"  NOT KEPT: {each}" for each in broken)])

@@ -30,7 +30,7 @@ from links import LinksError, RankError, links, sweep, unavailable  # noqa: E402
 from links.build import compiler_reason, switch_library  # noqa: E402
 from links.guard import SWITCH_RUN, Port, Totals  # noqa: E402
 from links.namespaces import NAME, present, start_time  # noqa: E402
-from links.prove import broken_promises, show, show_counters, stream  # noqa: E402
+from links.prove import broken_promises, prove, show, show_counters, stream  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(compiler_reason() is not None, reason=compiler_reason() or "")
 
@@ -153,7 +153,7 @@ def test_full_queues_drop_and_strangers_are_counted():
 
 def test_the_links_keep_their_promises(network):
     for _ in range(8):
-        found = network.prove(seconds=0.5)
+        found = prove(network, seconds=0.5)
         if not broken_promises(found):
             break
     assert broken_promises(found) == [], show(found)
@@ -167,7 +167,7 @@ def test_the_links_keep_their_promises(network):
 def test_wires_of_the_kernel_alone(possible):
     with links(ranks=2, rate_mbit=200, delay_ms=0, via="netem") as wires:      # without a delay sch_netem is not needed
         for _ in range(8):
-            found = wires.prove(seconds=0.4)
+            found = prove(wires, seconds=0.4)
             if not broken_promises(found):
                 break
         assert broken_promises(found) == [], show(found)

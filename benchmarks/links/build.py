@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from links.namespaces import LinksError, command
+from links.command import LinksError, command
 
 SOURCE = Path(__file__).with_name("switch.cpp")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")

@@ -21,9 +21,9 @@ from typing import Any
 
 from links import program, wired
 from links.build import switch_library
-from links.guard import INTERFACE, Settings, address
-from links.namespaces import LinksError, has_netem, names_of, remove, sweep, temporary_folder, unavailable
-from links.prove import prove
+from links.command import LinksError
+from links.namespaces import has_netem, names_of, remove, sweep, temporary_folder, unavailable
+from links.settings import INTERFACE, Settings, address
 
 FOLDER = Path(__file__).parent
 MOST_RANKS = 64
@@ -87,10 +87,6 @@ class Network:
             self._check()
             self._process.stdin.write("counters\n")
             return self._read(ANSWER_S, "counters")
-
-    def prove(self, seconds: float = 1.0) -> dict[str, Any]:
-        """Measure delay, rate, sharing, both directions and the switch's share of a CPU: see prove.prove."""
-        return prove(self, seconds)
 
     def _check(self) -> None:
         if self._process.poll() is not None:

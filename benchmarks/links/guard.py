@@ -9,7 +9,6 @@ emulator.py starts it with Settings as JSON: `ready` or an error comes back as o
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import fcntl
 import json
 import os
@@ -24,57 +23,14 @@ import traceback
 from pathlib import Path
 
 from links import wired
-from links.namespaces import FOLDER, LinksError, command, remove, start_time
+from links.command import LinksError, command
+from links.namespaces import FOLDER, remove, start_time
+from links.settings import INTERFACE, NETWORK, Settings, address
 
-INTERFACE = "link0"
-NETWORK = "10.213.0.0/16"
 CLONE_NEWNET = 0x40000000
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 CHECKSUM, SEGMENT = 0x01, 0x02                           # TUN_F_CSUM, TUN_F_TSO4: the switch takes unfinished checksums and long pieces
-PIECE_S = 0.5e-3                                         # a piece of TCP is no longer than this on the wire: finer is dearer
-LARGEST_PIECE = 65000
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the owner asks for. owner: its process id. names: a namespace for each rank. folder: its temporary files, to be removed too.
-    library: the compiled switch, '' = wired, the kernel does all."""
-
-    owner: int
-    names: list[str]
-    folder: str
-    rate_mbit: float
-    delay_ms: float
-    mtu: int
-    queue_ms: float
-    library: str
-
-    @property
-    def ranks(self) -> int:
-        return len(self.names)
-
-    @property
-    def bits_per_s(self) -> int:
-        return round(self.rate_mbit * 1e6)
-
-    def queue_bytes(self, seconds: float) -> int:
-        """Bytes that the link carries in that time, and room for a few pieces at least."""
-        return max(int(self.bits_per_s / 8 * seconds), 4 * LARGEST_PIECE)
-
-    @property
-    def piece_bytes(self) -> int:
-        return min(LARGEST_PIECE, max(self.mtu, int(self.bits_per_s / 8 * PIECE_S)))
-
-    @property
-    def burst_bytes(self) -> int:
-        """What tc tbf lets through at once before the switch, which books the sender's rate exactly: tbf need only keep its queue short."""
-        return 2 * self.piece_bytes + self.mtu
-
-
-def address(rank: int) -> str:
-    """The rank's IPv4 address on its link."""
-    return f"10.213.{(rank + 1) // 256}.{(rank + 1) % 256}"
 
 
 class Port(ctypes.Structure):

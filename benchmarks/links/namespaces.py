@@ -19,27 +19,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from links.build import compiler_reason
+from links.command import LinksError, command
+
 PREFIX = "hetero-links"
 FOLDER = Path("/var/run/netns")                          # where iproute2 keeps them
 NAME = re.compile(rf"{PREFIX}-(\d+)-(\d+)-\d+-\w+")      # owner's process id, its start time, serial number, rank
 PATIENCE_S = 5.0
-
-
-class LinksError(RuntimeError):
-    """The emulated network cannot be made, or broke. The text says what was tried and what the system said."""
-
-
-def command(*words: str, text: str | None = None) -> str:
-    """Run a command and return its output. Raises LinksError with the command and its last words."""
-    try:
-        done = subprocess.run(words, input=text, capture_output=True, text=True, errors="replace", timeout=60,
-                              stdin=subprocess.DEVNULL if text is None else None)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LinksError(f"{' '.join(words)}: {error}") from None
-    if done.returncode:
-        given = f" <<< {text.strip()!r}" if text else ""
-        raise LinksError(f"{' '.join(words)}{given}: exit code {done.returncode}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
 
 
 def start_time(pid: int) -> int | None:
@@ -127,8 +113,6 @@ def unavailable() -> str | None:
             os.close(os.open("/dev/net/tun", os.O_RDWR))
         except OSError as error:
             return f"/dev/net/tun: {error.strerror}, and there is no sch_netem either; modprobe tun, or give the container the device"
-        from links.build import compiler_reason
-
         if reason := compiler_reason():
             return f"the switch between namespaces cannot be compiled: {reason}"
     return _queue_reason("tbf", "rate", "8mbit", "burst", "20000", "limit", "20000")

@@ -15,10 +15,9 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from links.emulator import Network
+from links.emulator import Network
 
 HEADERS = 52                                             # IPv4 20, TCP 20, its time stamps 12
 PORT = 7100

@@ -8,12 +8,9 @@ Bursts are small (two packets), for nothing behind a token bucket smooths what i
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
-from links.namespaces import command
-
-if TYPE_CHECKING:
-    from links.guard import Settings
+from links.command import command
+from links.settings import Settings
 
 
 def extra(names: list[str]) -> list[str]:
