@@ -159,3 +159,18 @@ def test_the_prediction_of_memory_is_what_a_rank_has(folder, tmp_path):
         decoder = Decoder(ModelConfig.from_dir(folder), Communicator(rank.partition.rank, 2), dtype=torch.float32, vocabulary="sharded",
                           partition=rank.partition)
         assert sum(parameter.nbytes for parameter in decoder.parameters()) == rank.weights
+
+
+def test_a_plan_for_the_processors_of_this_host_needs_no_numbers(folder, capsys, monkeypatch):
+    """`plan MODEL --tp 2` as the README has it: the ranks share the memory that is available, and its bandwidth."""
+    monkeypatch.setattr("hetero_attn.models.placing.available_bytes", lambda: 8 << 30)
+    token, alone = {}, {}
+    for ranks in (1, 2):
+        assert main(["plan", str(folder), "--tp", str(ranks), "--json", "--set", "hardware.memory_gbps=20"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [each["memory"] for each in found["ranks"]] == [(8 << 30) // ranks] * ranks
+        assert "this host's, which has 8.00 GiB available now" in found["remarks"][0]
+        token[ranks], alone[ranks] = found["token_s"], found["alone_s"]
+    assert token[1] == alone[1] == alone[2] and token[2] > 0.9 * token[1]                # two ranks have no more of it than one
+    monkeypatch.setattr("hetero_attn.models.placing.available_bytes", lambda: None)
+    assert main(["plan", str(folder), "--tp", "2"]) == 2 and "hardware.memory_gib" in capsys.readouterr().err

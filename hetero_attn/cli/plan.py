@@ -24,7 +24,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, metavar="N", help="number of ranks (default: 1)")
     parser.add_argument("--hosts", metavar="FILE", help="hosts.yaml: profile, device and memory of each rank, and the link")
     parser.add_argument("--context", type=int, metavar="C", help="tokens that the KV cache is to hold (default: 2048)")
-    parser.add_argument("--memory", metavar="SIZE", help="memory that each rank may use, such as 3GiB (default: the device's)")
+    parser.add_argument("--memory", metavar="SIZE", help="memory that each rank may use, such as 3GiB (default: the device's; of "
+                                                         "this machine's own CPU what is available now)")
     parser.add_argument("--device-memory", metavar="SIZE", help="memory of each rank's device, beside the host's own: what KV does not fit "
                                                                 "lies in host memory (as generate has it)")
     parser.add_argument("--placement", metavar="WHERE", help="auto, all-device, or how many layers' KV lie in host memory (default: the "
@@ -40,15 +41,20 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 def run(args) -> int:
     """Plans and prints. Returns the exit code."""
     import json
+    from dataclasses import replace
 
     from hetero_attn.models.planning import plan_model
 
-    found = plan_model(args.model, _hosts(args), context=args.context, vocabulary=args.vocabulary)
+    hosts, note = _hosts(args)
+    found = plan_model(args.model, hosts, context=args.context, vocabulary=args.vocabulary)
+    if note:
+        found = replace(found, remarks=(note, *found.remarks))
     print(json.dumps(as_json(found)) if args.json else as_text(found))
     return 0
 
 
 def _hosts(args):
+    """The ranks that are asked for, and what is to be said of them ('': nothing)."""
     from hetero_attn.cli.errors import CommandError
     from hetero_attn.cli.request import placement_sets
     from hetero_attn.models.hosts import Host, Hosts, read_hosts
@@ -63,7 +69,7 @@ def _hosts(args):
                 raise CommandError(f"--{name.replace('_', '-')} is for ranks that are alike; with --hosts it stands in the file")
         if args.set:
             raise CommandError("--set is for ranks that are alike; with --hosts it stands in the file, under `set`")
-        return read_hosts(args.hosts)
+        return read_hosts(args.hosts), ""
     count = 1 if args.tp is None else args.tp
     if count < 1:
         raise CommandError(f"--tp is {args.tp}, expected at least 1")
@@ -75,8 +81,24 @@ def _hosts(args):
         memory = None if args.memory is None else parse_bytes(args.memory)
     except ValueError as error:
         raise CommandError(f"--memory: {error}") from None
-    hosts = tuple(Host(profile, profile.device, memory, f"host {rank // each}" if count > each else "") for rank in range(count))
-    return Hosts(hosts, None if args.link is None else link_of(args.link))
+    names, note = [f"host {rank // each}" if count > each else "" for rank in range(count)], ""
+    if args.profile is None and profile.device == "cpu" and memory is None and profile.hardware.memory_gib is None:
+        memory, note = of_this_host(each := min(each, count))
+        names = [f"host {rank // each}" for rank in range(count)]                       # a name: its ranks share its processors
+    hosts = tuple(Host(profile, profile.device, memory, name) for name in names)
+    return Hosts(hosts, None if args.link is None else link_of(args.link)), note
+
+
+def of_this_host(together: int) -> tuple[int | None, str]:
+    """Bytes of memory that each of `together` ranks on this machine's processors has, and the words that say so; None: it does not tell."""
+    from hetero_attn.models.placing import available_bytes
+    from hetero_attn.quantity import shown_bytes
+
+    available = available_bytes()
+    if available is None:
+        return None, ""
+    note = f"memory is this host's, which has {shown_bytes(available)} available now"
+    return available // together, note + (f"; its {together} ranks share it and its rate" if together > 1 else "")
 
 
 def link_of(text: str):

@@ -166,8 +166,13 @@ def missing(host: Host, placement: Placement) -> tuple[str, ...]:
 
 
 def sharing(hosts: Sequence[Host]) -> dict[str, int]:
-    """Of each host by name, how many of the ranks with a device are in it."""
-    return Counter(host.name for host in hosts if cooperates(host))
+    """Of each host by name, how many ranks go through its memory: those that may place KV there, and those of a named host's processors."""
+    return Counter(host.name for host in hosts if cooperates(host) or on_shared_processors(host))
+
+
+def on_shared_processors(host: Host) -> bool:
+    """Whether the rank's device is the processors of a host with a name, which it then shares with that host's other ranks."""
+    return host.profile.device == "cpu" and bool(host.name)
 
 
 def _hosts(ranks: Sequence):

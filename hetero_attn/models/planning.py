@@ -27,6 +27,7 @@ from hetero_attn.models.cooperation import (
     device_memory,
     layer_bytes,
     missing,
+    on_shared_processors,
     pace,
     placed,
     sharing,
@@ -108,14 +109,15 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
     if len(hosts.ranks) > config.q_heads:
         raise ModelError(f"{len(hosts.ranks)} ranks are more than the model's {config.q_heads} query heads; leave some out")
     total = sum(map(checkpoint.bytes_of, _shards(config, checkpoint, None, 0, 1, "master", layers_only=True)))
-    speeds = [_speed(host, config, checkpoint, dtype, context, vocabulary, rank, len(hosts.ranks)) for rank, host in enumerate(hosts.ranks)]
+    together = sharing(hosts.ranks)
+    speeds = [_speed(host, config, checkpoint, dtype, context, vocabulary, rank, len(hosts.ranks), together)
+              for rank, host in enumerate(hosts.ranks)]
     try:
         parts = shares(total, speeds)
         partitions = uneven([max(part, 1e-9) for part in parts], q_heads=config.q_heads, kv_heads=config.kv_heads,
                             ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    together = sharing(hosts.ranks)
     ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context, together) for host, partition in zip(hosts.ranks, partitions))
     link = _survey(hosts)
     reduce_s, algorithm, codec = _sums(hosts, link, config, dtype, 1)
@@ -124,7 +126,7 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
     token = max(max(each.compute_s + reduce_s, each.disk_s) for each in ranks)
     if found is not None:
         token = None if found.token is None else max(token, found.token.total_s)
-    first_token = max(max(_prefill_s(each, config, dtype) + prefill_reduce_s, each.disk_s) for each in ranks)
+    first_token = max(max(_prefill_s(each, dtype, together) + prefill_reduce_s, each.disk_s) for each in ranks)
     alone = _alone(hosts, config, checkpoint, dtype, context)
     return ModelPlan(ranks, context, _largest_context(ranks, config, dtype, found), first_token, token, reduce_s, alone, algorithm, codec,
                      (*remarks, *_remarks(link, ranks, token, reduce_s, alone, codec)), found)
@@ -145,6 +147,16 @@ def _number(host: Host, name: str, what: str) -> float:
     return value
 
 
+def _bandwidth(host: Host, together: dict[str, int]) -> float:
+    """Bytes/s that the rank goes through its device's memory with; processors that ranks share have no more of it for two than for one."""
+    return _number(host, "memory_gbps", "memory bandwidth, GB/s") * 1e9 / _sharers(host, together)
+
+
+def _sharers(host: Host, together: dict[str, int]) -> int:
+    """How many ranks the device's rates are shared by."""
+    return together[host.name] if on_shared_processors(host) else 1
+
+
 def _memory(host: Host) -> int:
     allowed = device_memory(host)
     if allowed is not None:
@@ -152,7 +164,7 @@ def _memory(host: Host) -> int:
     return host.memory if host.memory is not None else int(_number(host, "memory_gib", "device memory, GiB") * 2**30)
 
 
-def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, context, vocabulary, rank, world_size) -> Speed:
+def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, context, vocabulary, rank, world_size, together) -> Speed:
     """What an even share would leave of the rank's memory for weights: a start that the split then improves on."""
     try:
         even = Partition.of(rank, world_size, q_heads=config.q_heads, kv_heads=config.kv_heads, ffn=config.intermediate_size,
@@ -163,7 +175,7 @@ def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, conte
     disk = host.profile.hardware.disk_gbps if host.profile.device == "cpu" else None
     window = _window(config, checkpoint, even) if disk else 0
     vocab = 0 if disk else 2 * len(even.vocab) * config.hidden_size * dtype.itemsize
-    return Speed(_number(host, "memory_gbps", "memory bandwidth, GB/s") * 1e9, max(0, _memory(host) - fixed - window - vocab),
+    return Speed(_bandwidth(host, together), max(0, _memory(host) - fixed - window - vocab),
                  (disk or 0.0) * 1e9)
 
 
@@ -222,16 +234,16 @@ def _rank(
         held = room - window
         streamed = max(0, used - held)
     experts = config.experts_per_token / config.experts if config.experts else 1.0
-    compute = used * experts / (_number(host, "memory_gbps", "memory bandwidth, GB/s") * 1e9)
+    compute = used * experts / _bandwidth(host, together)
     return RankPlan(host, partition, weights, held, streamed, cache, activations, window, process, memory, compute,
                     streamed / disk if disk else 0.0, placement)
 
 
-def _prefill_s(rank: RankPlan, config: ModelConfig, dtype: torch.dtype) -> float:
+def _prefill_s(rank: RankPlan, dtype: torch.dtype, together: dict[str, int]) -> float:
     """PROMPT tokens: bound by arithmetic where a rate is known, and at least once through the weights."""
     hardware = rank.host.profile.hardware
     rate = {torch.bfloat16: hardware.bf16_tflops, torch.float16: hardware.fp16_tflops}.get(dtype) or hardware.fp32_tflops
-    operations = 2 * PROMPT * rank.weights / dtype.itemsize
+    operations = 2 * PROMPT * rank.weights / dtype.itemsize * _sharers(rank.host, together)
     return max(rank.compute_s, operations / (rate * 1e12 * REACHED) if rate else 0.0)
 
 
