@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from hetero_attn.communicator import SoloCommunicator
 from hetero_attn.models.config import ModelError
 from hetero_attn.models.export import export
 from hetero_attn.models.generate import generate
-from hetero_attn.models.hosts import read_hosts
+from hetero_attn.models.hosts import Host, Hosts, read_hosts
 from hetero_attn.models.load import load_model
 from hetero_attn.models.planning import plan_model, split_for
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.parallel.launch import run_ranks
 from hetero_attn.parallel.partition import Speed, proportional, shares, uneven
+from hetero_attn.profile import load_profile
 
 RATES = "hardware.memory_gbps: 20, hardware.memory_gib: 8"
 
@@ -174,3 +176,15 @@ def test_a_plan_for_the_processors_of_this_host_needs_no_numbers(folder, capsys,
     assert token[1] == alone[1] == alone[2] and token[2] > 0.9 * token[1]                # two ranks have no more of it than one
     monkeypatch.setattr("hetero_attn.models.placing.available_bytes", lambda: None)
     assert main(["plan", str(folder), "--tp", "2"]) == 2 and "hardware.memory_gib" in capsys.readouterr().err
+
+
+SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
+WEIGHTS_GIB = {"llama-2-7b": 12.6, "llama-2-70b": 128.5, "llama-3.1-8b": 15.0, "pangu-38b": 71.0}        # 16 bits each
+
+
+@pytest.mark.parametrize("shape", sorted(WEIGHTS_GIB))
+def test_a_model_that_nobody_has_fetched_can_be_planned(shape):
+    hosts = Hosts((Host(load_profile("ascend910b"), "npu"),) * 8)
+    plan = plan_model(SHAPES / shape, hosts)
+    assert sum(rank.weights for rank in plan.ranks) / 2**30 == pytest.approx(WEIGHTS_GIB[shape], rel=0.05)
+    assert sorted(folder.name for folder in SHAPES.iterdir()) == sorted(WEIGHTS_GIB)
