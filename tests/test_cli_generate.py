@@ -196,6 +196,7 @@ def test_a_bad_model_directory_is_one_line(refused, folder, tmp_path, kind):
     (["--prompt", "a", "--stop", ""], "stop is"),
     (["--prompt", "a", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
     (["--prompt", "a", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    (["--prompt", "a", "--max-tokens", "4"], "did you mean --max-new-tokens? (see hetero-attn generate --help)"),
     (["--prompt", "a", "--tp", "7"], "tensor parallel size 7 is not possible for a model of 6 query heads; sizes that work: 1 to 6"),
     (["--prompt", "a", "--tp", "0"], "--tp is 0, expected at least 1"),
     (["--prompt", "a", "--set", "kv_blok_size=3"], "unknown key kv_blok_size; did you mean kv_block_size?"),

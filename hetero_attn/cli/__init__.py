@@ -6,6 +6,7 @@ Whatever goes wrong ends here, in errors.report: one line on stderr and an exit 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise CommandError(f"{message} (see {self.prog} --help)")
 
+    def parse_args(self, args=None, namespace=None):
+        """Raises CommandError; an option that its subcommand does not have is answered with the nearest one that it has."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            own = getattr(found, "parser", self)
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], own._option_string_actions, n=1)
+            own.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
+
 
 def parser() -> Parser:
     """The whole command line."""
@@ -35,7 +45,8 @@ def parser() -> Parser:
     subparsers = top.add_subparsers(metavar="COMMAND", required=True)
     for subcommand in SUBCOMMANDS:
         subcommand.add_parser(subparsers)
-        subparsers.choices[subcommand.__name__.rpartition(".")[2]].set_defaults(run=subcommand.run)
+        own = subparsers.choices[subcommand.__name__.rpartition(".")[2]]
+        own.set_defaults(run=subcommand.run, parser=own)
     return top
 
 
