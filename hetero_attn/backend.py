@@ -99,11 +99,12 @@ class Backend:
         """(optional) What packs partial sums for the wire, for tensors on a device type; None = nothing. Asked only where the backend is
         available. An object with the four methods of hetero_attn.collectives.codec.definition.TorchKernels, which is their meaning:
         the same bytes, and the same fp32 values from them, to the bit, since the ranks of a group may differ in backend. Tensors are
-        contiguous.
+        contiguous; a payload's bytes may lie at any address. On a device all four are enqueued on the calling stream, and what a pack
+        function tells may be a tensor of one element there, which the caller reads when the bytes have come: no call waits for the device.
 
             pack_groups(values [n], bits, body) -> bool                     False where a value is NaN or Inf
             unpack_groups(body, bits, out fp32 [n], accumulate)             written, or added to
-            pack_features(values [n], first, table, body) -> int            how many values saturated; -1 where one is NaN or Inf
+            pack_features(values [n], first, table, body) -> int            how many values saturated; negative where one is NaN or Inf
             unpack_features(body, first, table, out fp32 [n], accumulate)
         """
         return None

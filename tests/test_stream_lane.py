@@ -84,6 +84,7 @@ class Runner(PlanRunner):
         self._closed = self._left = False
         self._calls = self._finished = 0
         self._failing, self._exchange = threading.Lock(), SimpleNamespace(is_native=lambda x: True)
+        self._thread = SimpleNamespace(busy=lambda: False)
 
     def planned(self, operation, x, residual, *, site=""):
         def steps():

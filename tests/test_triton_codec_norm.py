@@ -3,19 +3,18 @@
 Runs itself in a process with TRITON_INTERPRET=1, as test_triton_conformance.py does.
 """
 
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import codec_cases
 import pytest
 import torch
+from codec_cases import BITS, COMMON, SHARES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_attn.collectives.codec.definition import TorchKernels, features_size, groups_size
-from hetero_attn.collectives.codec.features import FeatureTable, symmetric_scale
 from hetero_attn.norm import rms_norm
 from hetero_attn.testing.attention_cases import full_grid
 from hetero_attn.testing.tolerances import assert_close
@@ -31,72 +30,24 @@ else:
     pytest.importorskip("triton", reason="triton is not installed: pip install triton==3.6.0")
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own: test_in_the_interpreter")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TORCH = TorchKernels()
-EXPONENTS = st.sampled_from([-40, -6, 0, 3, 38])
 MANY = 20 if full_grid() else 1
-
-
-def values_of(count: int, dtype: torch.dtype, seed: int, exponent: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(count, generator=generator, dtype=torch.float64) * 10.0**exponent
-    values[torch.rand(count, generator=generator) < 0.2] = 0
-    largest = torch.finfo(dtype).max
-    return values.clamp(-largest, largest).to(dtype)
-
-
-def misaligned(size: int) -> torch.Tensor:
-    """Bytes at an odd address, as a payload received may lie."""
-    return torch.full((size + 9,), 0xA5, dtype=torch.uint8)[1 : size + 1]
-
-
-def same_values(unpack, total):
-    """Written and added, both give the same fp32 bits (signs of zeros included), and write nothing beyond."""
-    for accumulate in (False, True):
-        expected, room = total.clone(), torch.cat([total, torch.full((70,), math.pi)])
-        unpack(TORCH, expected, accumulate)
-        unpack(NATIVE, room[: total.numel()], accumulate)
-        assert torch.equal(room[: total.numel()].view(torch.int32), expected.view(torch.int32))
-        assert (room[total.numel() :] == math.pi).all()
 
 
 @inside
 @settings(max_examples=20 * MANY, deadline=None, derandomize=not full_grid(), database=None)
-@given(
-    count=st.integers(0, 1200), dtype=st.sampled_from(DTYPES), bits=st.sampled_from([4, 8]), seed=st.integers(0, 2**31), exponent=EXPONENTS,
-)
-def test_groups_are_the_definition(count, dtype, bits, seed, exponent):
-    values, total = values_of(count, dtype, seed, exponent), values_of(count, torch.float32, seed + 1, 0)
-    expected, found = misaligned(groups_size(count, bits)), misaligned(groups_size(count, bits))
-    assert TORCH.pack_groups(values, bits, expected) and NATIVE.pack_groups(values, bits, found)
-    assert torch.equal(found, expected)
-    same_values(lambda kernels, out, add: kernels.unpack_groups(found, bits, out, add), total)
-    if count:
-        values[seed % count] = math.nan
-        assert not NATIVE.pack_groups(values, bits, found)
+@given(count=st.integers(0, 1200), bits=BITS, **COMMON)
+def test_groups_are_the_definition(**case):
+    codec_cases.groups(NATIVE, **case)
 
 
 @inside
 @settings(max_examples=25 * MANY, deadline=None, derandomize=not full_grid(), database=None)
 @given(
     features=st.one_of(st.integers(1, 200), st.sampled_from([511, 512, 1025])), first=st.integers(0, 3000), count=st.integers(0, 2500),
-    share=st.sampled_from([0.0, 1 / 64, 0.3, 1.0]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31), exponent=EXPONENTS,
+    share=SHARES, **COMMON,
 )
-def test_features_are_the_definition(features, first, count, share, dtype, seed, exponent):
-    values, total = values_of(count, dtype, seed, exponent), values_of(count, torch.float32, seed + 1, 0)
-    generator = torch.Generator().manual_seed(seed)
-    outliers = torch.randperm(features, generator=generator)[: int(share * features)].sort().values
-    magnitude = torch.rand(features, generator=generator) * min(2 * 10.0**exponent, 1e38)
-    mean = magnitude * (torch.rand(features, generator=generator) - 0.5)
-    table = FeatureTable(symmetric_scale(-magnitude, magnitude), mean, outliers, row_factors=bool(seed % 2))
-    expected, found = misaligned(features_size(first, count, table)), misaligned(features_size(first, count, table))
-    saturated = TORCH.pack_features(values, first, table, expected)
-    assert NATIVE.pack_features(values, first, table, found) == saturated
-    assert torch.equal(found, expected)
-    same_values(lambda kernels, out, add: kernels.unpack_features(found, first, table, out, add), total)
-    if count:
-        values[seed % count] = -math.inf
-        assert NATIVE.pack_features(values, first, table, found) == -1
+def test_features_are_the_definition(**case):
+    codec_cases.features(NATIVE, **case)
 
 
 NORMS = [(torch.float32, torch.float32, 0.0), (torch.bfloat16, torch.bfloat16, 0.0), (torch.bfloat16, torch.float32, 0.0),

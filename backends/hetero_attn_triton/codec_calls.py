@@ -1,6 +1,6 @@
 """The low-bit codecs on the device, as Backend.codec_kernels() describes them: launches of codec_kernel.py and what the host must know.
 
-Whether a value is not finite, and how many saturated, are answers that the caller waits for: one small copy from the device a call.
+Whether a value is not finite, and how many saturated, is told by a tensor of one element on the device: nothing here waits for a kernel.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class CodecCalls:
         self._launcher = launcher
         self._tables: WeakKeyDictionary[Any, dict[torch.device, dict[str, torch.Tensor]]] = WeakKeyDictionary()
 
-    def pack_groups(self, values: torch.Tensor, bits: int, body: torch.Tensor) -> bool:
-        """values [n] of fp32, bf16 or fp16 -> body; False where one is not finite."""
+    def pack_groups(self, values: torch.Tensor, bits: int, body: torch.Tensor) -> bool | torch.Tensor:
+        """values [n] of fp32, bf16 or fp16 -> body; bool [], False where one is not finite."""
         count, groups = values.numel(), -(-values.numel() // GROUP)
         if not count:
             return True
@@ -33,7 +33,7 @@ class CodecCalls:
         bad = torch.empty(programs, dtype=torch.int32, device=values.device)
         constants = {"EIGHT": bits == 8, "BLOCK": GROUPS}
         self._launch("pack_groups", programs, (values, body, bad, count, groups, LARGEST[bits]), constants, values)
-        return not bool(bad.any())
+        return ~bad.any()
 
     def unpack_groups(self, body: torch.Tensor, bits: int, out: torch.Tensor, accumulate: bool) -> None:
         """body -> out fp32 [n], written or added to."""
@@ -41,8 +41,8 @@ class CodecCalls:
             self._launch("unpack_groups", ceil(count / VALUES), (body, out, count, -(-count // GROUP)),
                          {"EIGHT": bits == 8, "ADD": accumulate, "BLOCK": VALUES}, out)
 
-    def pack_features(self, values: torch.Tensor, first: int, table: Any, body: torch.Tensor) -> int:
-        """values [n] -> body; how many saturated, -1 where one is not finite."""
+    def pack_features(self, values: torch.Tensor, first: int, table: Any, body: torch.Tensor) -> int | torch.Tensor:
+        """values [n] -> body; int64 [], how many saturated, -1 where one is not finite."""
         count = values.numel()
         if not count:
             return 0
@@ -64,8 +64,7 @@ class CodecCalls:
                          (values, on["rest"], on["scale"], on["mean"], body, saturated[-1], first, place.kept,
                           first - place.outliers_before, place.first_row, table.features, on["rest"].numel(), place.factors_at, place.edge),
                          {"FACTORS": bool(place.rows), "BLOCK": GROUPS}, values)
-        spoiled, total = torch.stack([bad.sum(), torch.cat(saturated).sum()]).tolist()
-        return -1 if spoiled else total
+        return torch.cat(saturated).sum().masked_fill_(bad.any(), -1)
 
     def unpack_features(self, body: torch.Tensor, first: int, table: Any, out: torch.Tensor, accumulate: bool) -> None:
         """body -> out fp32 [n], written or added to."""

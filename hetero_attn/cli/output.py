@@ -140,6 +140,7 @@ def codec_facts(traffic: Traffic | None) -> dict[str, Any] | None:
     return {
         "values": total.values, "bytes": total.nbytes, "bits_per_value": total.bits_per_value, "saturated": total.saturated,
         "sites": len(traffic.sites), "saturated_at": {site: counts.saturated for site, counts in traffic.sites.items() if counts.saturated},
+        "packing": traffic.packing, "bytes_down": traffic.bytes_down, "bytes_up": traffic.bytes_up,
     }
 
 

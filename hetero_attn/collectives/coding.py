@@ -7,7 +7,7 @@ that changes nothing; lossy ones come from codecs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,9 +17,11 @@ PARTIAL, SUM = "partial", "sum"                      # what a payload holds: one
 
 class Coding:
     """Values of one call to bytes and back. `lossless`: decode gives back what was encoded, so a rank need not read its own payload.
-    grain: runs that begin at multiples of so many values take no more bytes, and become the same values, as one long run."""
+    grain: runs that begin at multiples of so many values take no more bytes, and become the same values, as one long run. on_device: values
+    are taken, and given back, on the device that they are on, whatever that is; else on the CPU. Payloads are for the wire: on the CPU."""
 
     lossless = False
+    on_device = False
     grain = 1
 
     def size(self, first: int, count: int, stage: str = PARTIAL) -> int:
@@ -36,6 +38,11 @@ class Coding:
         """Each run of counts[i] of contiguous values [sum of counts], encoded by itself as from firsts[i] on; None for an empty run."""
         pieces = zip(values.split(counts), firsts)
         return [self.encode(piece, first, stage) if piece.numel() else None for piece, first in pieces]
+
+    def encode_runs(self, values: torch.Tensor, counts: list[int], firsts: list[int]) -> Iterator[torch.Tensor]:
+        """encode() of one run after the other, each when it is asked for, so that it can be sent before the next one is ready."""
+        for run, first in zip(values.split(counts), firsts):
+            yield self.encode(run, first)
 
     def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
         """What `sender` encoded, as a tensor [count] of the call's dtype, or fp32 where that is 16 bits wide; may share memory."""

@@ -33,9 +33,9 @@ def one_shot(wire: Wire, coding: Coding, flat: torch.Tensor) -> Steps:
     first, runs = starts(counts), flat.split(counts)
     arrivals = [{peer: wire.expect(peer, coding.size(at, count)) for peer in wire.peers} for at, count in zip(first, counts)]
     own, works = [], []
-    for run, at in zip(runs, first):
-        own.append(coding.encode(run, at))
-        works.append([wire.send(own[-1], peer) for peer in wire.peers])
+    for payload in coding.encode_runs(flat, counts, first):
+        own.append(payload)
+        works.append([wire.send(payload, peer) for peer in wire.peers])
     wire.replenish()
     for run, at, coming, mine, sent in zip(runs, first, arrivals, own, works):
         yield Pending(received(coming.values()) + sent)

@@ -94,7 +94,7 @@ class DistributedCommunicator(PlanRunner):
     def _plan_all_reduce(self, x: torch.Tensor, *, site: str = "", name: str = "all_reduce") -> Plan:
         check_all_reduce(x, operation=name)
         single = self._exchange.is_single("all_reduce", x, site, x.nbytes)
-        return plan(text_of(name, x, site), self._exchange.all_reduce(x, site), single, (x,))
+        return plan(text_of(name, x, site), self._exchange.all_reduce(x, site), single, (x,), coded=self._coded("all_reduce", x, site))
 
     def _plan_barrier(self, *, site: str = "") -> Plan:
         return self._plan_all_reduce(torch.zeros(1, dtype=torch.int64), site=site, name="barrier")
@@ -115,14 +115,19 @@ class DistributedCommunicator(PlanRunner):
     def _plan_reduce_scatter(self, x: torch.Tensor, *, site: str = "") -> Plan:
         check_reduce_scatter(x)
         single = self._exchange.is_single("reduce_scatter", x, site, x.nbytes)
-        return plan(text_of("reduce_scatter", x, site), self._exchange.reduce_scatter(x, site), single, (x,))
+        return plan(text_of("reduce_scatter", x, site), self._exchange.reduce_scatter(x, site), single, (x,),
+                    coded=self._coded("reduce_scatter", x, site))
 
     def _plan_all_reduce_rms_norm(self, *args: Any, **options: Any) -> Plan:
         return self._plan_norm(self.checked_norm(NormArguments(*args, **options)))
 
     def _plan_norm(self, call: NormArguments) -> Plan:
         return plan(text_of("all_reduce_rms_norm", call.x, call.site), self._exchange.all_reduce_rms_norm(call), False,
-                    tuple(call.tensors.values()))
+                    tuple(call.tensors.values()), coded=self._coded("reduce_scatter", call.x, call.site))
+
+    def _coded(self, operation: str, x: torch.Tensor, site: str) -> bool:
+        """Only a device library's calls are asked: the others run on the thread, or to their ends, whatever they are."""
+        return self._exchange.is_native(x) and self._exchange.is_coded(operation, x, site)
 
     def run_steps(self, text: str, steps: Callable[[Wire], Steps]) -> Any:
         """Run steps over this group's point-to-point messages, in order with its other calls; all ranks together. Errors name `text`."""

@@ -3,7 +3,7 @@
 A Choice says which algorithm serves a call: torch.distributed's own collective ("native"), or one of algorithms.py over point-to-point
 messages. Run to the end such a generator is the synchronous form; left after its first yield it is the asynchronous one. What
 torch.distributed leaves open is settled here: 16-bit floats are summed in fp32 and rounded once, rows need not divide by the ranks, any
-dtype moves (as bytes), tensors of devices without a library go through host memory.
+dtype moves (as bytes), tensors of devices without a library go through host memory: packed, where a codec has kernels for the device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from hetero_attn.collective_arguments import NormArguments, agreed_sizes, shape_record
 from hetero_attn.collectives import algorithms
-from hetero_attn.collectives.choice import NATIVE, PLAIN, Choice, Route
-from hetero_attn.collectives.codec import Codecs
+from hetero_attn.collectives.choice import NATIVE, PLAIN, Choice, Fixed, Route
+from hetero_attn.collectives.codec import Codecs, resident
 from hetero_attn.collectives.coding import Coding, Plain, sum_in_rank_order
 from hetero_attn.collectives.wire import AHEAD_BYTES, Wire
 from hetero_attn.communicator import add_and_norm, shard_counts, shard_rows
 
 Steps = Generator[Any, None, Any]                    # yields torch.distributed work objects, returns the operation's result
+SUMS = frozenset({"all_reduce", "reduce_scatter"})      # what a codec may serve
 GLOO_SUMS = frozenset({torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64})
 # Up to this many gathered elements a 16-bit sum gathers everything: one collective's latency instead of two.
 ONE_SHOT_ELEMENTS = 1 << 16
@@ -48,23 +49,31 @@ class Exchange:
     def is_single(self, operation: str, x: torch.Tensor, site: str, nbytes: int) -> bool:
         """Whether the call issues all it sends by its first step. nbytes as Choice.pick takes them."""
         algorithm = self._route(operation, x, nbytes, site).algorithm
-        if algorithm == NATIVE:
+        if algorithm == NATIVE or self.is_native(x):
             return operation != "all_reduce" or x.dtype in GLOO_SUMS or x.is_complex() or self.is_native(x)
         if operation == "all_reduce" and 2 * nbytes > AHEAD_BYTES:       # one_shot's runs: each is issued, and waited for, by its own step
             return False
         return algorithm in algorithms.SINGLE[operation]
 
+    def is_coded(self, operation: str, x: torch.Tensor, site: str) -> bool:
+        """Whether the call's sum goes through a codec, whose end the host waits for."""
+        return operation in SUMS and not self._coding(self._route(operation, x, x.nbytes, site), x, site).lossless
+
     def all_reduce(self, x: torch.Tensor, site: str = "") -> Steps:
-        buffer = self._sendable(x)
-        if buffer.numel() and self.world_size > 1:
-            flat = torch.view_as_real(buffer).flatten() if buffer.is_complex() else buffer.flatten()
-            route = self._route("all_reduce", x, x.nbytes, site)
-            if route.algorithm == NATIVE:
-                yield from self._native_sum(flat)
+        if not x.numel() or self.world_size == 1:
+            return _written_back(x, self._sendable(x))
+        route = self._route("all_reduce", x, x.nbytes, site)
+        coding = self._coding(route, x, site)
+        buffer = self._sendable(x, on_device=coding.on_device)
+        flat = torch.view_as_real(buffer).flatten() if buffer.is_complex() else buffer.flatten()
+        if route.algorithm == NATIVE or (self.is_native(x) and coding.lossless):
+            yield from self._native_sum(flat)
+        else:
+            if self.is_native(x):
+                yield from resident.all_reduce(route.algorithm, self._gather_native, self._swap, self.rank, self.world_size, coding, flat)
             else:
-                coding = self._coding(route, x, site)
                 yield from algorithms.all_reduce(route.algorithm, self.wire, coding, flat)
-                coding.finish()
+            coding.finish()
         return _written_back(x, buffer)
 
     def _native_sum(self, flat: torch.Tensor) -> Steps:
@@ -84,17 +93,20 @@ class Exchange:
         own = shard_rows(x.shape[0], self.rank, self.world_size)
         if self.world_size == 1 or not x.numel():
             return x[own].clone(memory_format=torch.contiguous_format)
-        buffer = self._sendable(x)
+        route = self._route("reduce_scatter", x, x.nbytes, site)
+        # With fewer rows than ranks some rank hears from nobody, and would not learn that a codec refused: such calls are short anyway.
+        coding = self._coding(route if x.shape[0] >= self.world_size else Route(route.algorithm), x, site)
+        buffer = self._sendable(x, on_device=coding.on_device)
         flat = torch.view_as_real(buffer).flatten() if buffer.is_complex() else buffer.flatten()
         width = flat.numel() // x.shape[0]
         counts = [rows * width for rows in shard_counts(self.world_size, x.shape[0])]
-        route = self._route("reduce_scatter", x, x.nbytes, site)
-        if route.algorithm == NATIVE:
+        if route.algorithm == NATIVE or (self.is_native(x) and coding.lossless):
             total = yield from self._scatter_native(flat, counts)
         else:
-            # With fewer rows than ranks some rank hears from nobody, and would not learn that a codec refused: such calls are short anyway.
-            coding = self._coding(route if min(counts) else Route(route.algorithm), x, site)
-            total = yield from algorithms.reduce_scatter(route.algorithm, self.wire, coding, flat, counts)
+            if self.is_native(x):
+                total = yield from resident.reduce_scatter(self._swap, self.rank, coding, flat, counts)
+            else:
+                total = yield from algorithms.reduce_scatter(route.algorithm, self.wire, coding, flat, counts)
             coding.finish()
         if x.is_complex():
             total = torch.view_as_complex(total.view(-1, 2))
@@ -131,15 +143,19 @@ class Exchange:
     # ---- pieces: flat tensors in and out
 
     def _route(self, operation: str, x: torch.Tensor, nbytes: int, site: str) -> Route:
-        """A device library keeps its own ways; everything else is for the choice to say."""
-        return Route() if self.is_native(x) else self.choice.pick(operation, nbytes, x.dtype, site)
+        """What the choice says. A device library keeps its own ways, but for sums that the profile asks to be coded: a table measured on
+        other links says nothing of it."""
+        if not self.is_native(x):
+            return self.choice.pick(operation, nbytes, x.dtype, site)
+        asked = operation in SUMS and isinstance(self.choice, Fixed) and self.choice.coded
+        return self.choice.pick(operation, nbytes, x.dtype, site) if asked else Route()
 
     def _coding(self, route: Route, x: torch.Tensor, site: str) -> Coding:
         """How x's values become bytes on this route: as they are, unless a codec is asked for and x is of real numbers."""
         dtype = x.dtype.to_real() if x.is_complex() else x.dtype
         if route.codec == PLAIN or not x.dtype.is_floating_point:
             return Plain(dtype)
-        return self.codecs.coding(route.codec, site, x.shape[-1] if x.dim() else 1, dtype)
+        return self.codecs.coding(route.codec, site, x.shape[-1] if x.dim() else 1, dtype, x.device, resident=self.is_native(x))
 
     def _gather_flat(self, flat: torch.Tensor, counts: list[int], site: str = "") -> Steps:
         """flat [counts[rank]] of each rank -> all of them [sum of counts] on every rank, in rank order."""
@@ -164,13 +180,15 @@ class Exchange:
             total = flat.clone()
             yield dist.all_reduce(total, group=self.group, async_op=True)
             return total.split(counts)[self.rank].clone()
-        parts = flat.new_empty(self.world_size, own)                                           # [N, own]
         item = flat.element_size()
-        yield dist.all_to_all_single(
-            _as_bytes(parts), _as_bytes(flat), [own * item] * self.world_size, [count * item for count in counts],
-            group=self.group, async_op=True,
-        )
-        return sum_in_rank_order(parts, flat.dtype)
+        parts = yield from self._swap(_as_bytes(flat), [count * item for count in counts], own * item)
+        return sum_in_rank_order(parts.view(flat.dtype), flat.dtype)
+
+    def _swap(self, flat: torch.Tensor, sizes: list[int], own: int) -> Steps:
+        """flat uint8 [sum of sizes], sizes[r] bytes for rank r -> uint8 [N, own], from each rank what it had for this one."""
+        parts = flat.new_empty(self.world_size, own)
+        yield dist.all_to_all_single(parts.view(-1), flat, [own] * self.world_size, sizes, group=self.group, async_op=True)
+        return parts
 
     def _gather_native(self, flat: torch.Tensor, counts: list[int]) -> Steps:
         """flat [counts[rank]] of each rank -> all of them [N, longest] on every rank; shorter ones are padded at their end."""
@@ -196,10 +214,11 @@ class Exchange:
         """Whether the group's device library (NCCL, HCCL) takes this tensor; gloo is not meant."""
         return x.device.type != "cpu" and x.device.type == self.native
 
-    def _sendable(self, x: torch.Tensor) -> torch.Tensor:
-        """x itself where the group can take it, else a contiguous copy, on the host where the device has no library."""
+    def _sendable(self, x: torch.Tensor, *, on_device: bool = False) -> torch.Tensor:
+        """x itself where the group, or (on_device) a coding, can take it; else a contiguous copy, on the host where the device has no
+        library."""
         x = x.detach().resolve_conj().resolve_neg()
-        if x.device.type != "cpu" and not self.is_native(x):
+        if x.device.type != "cpu" and not self.is_native(x) and not on_device:
             x = x.to("cpu")
         return x.contiguous()
 

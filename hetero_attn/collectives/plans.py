@@ -14,14 +14,15 @@ from hetero_attn.communicator import Handle
 
 
 class Plan(NamedTuple):
-    """A checked call: its name for errors, its steps, whether all its collectives are issued by the first step, its tensors, and whether
-    it was made under inference mode or writes tensors that were."""
+    """A checked call: its name for errors, its steps, whether all its collectives are issued by the first step, its tensors, whether it was
+    made under inference mode or writes tensors that were, and whether a codec serves it: then the host takes part to its end."""
 
     text: str
     steps: Steps
     single: bool
     tensors: tuple[torch.Tensor, ...]
     inference: bool
+    coded: bool = False
 
     @contextmanager
     def modes(self) -> Iterator[None]:
@@ -31,9 +32,10 @@ class Plan(NamedTuple):
             yield
 
 
-def plan(text: str, steps: Steps, single: bool, tensors: tuple[torch.Tensor, ...]) -> Plan:
+def plan(text: str, steps: Steps, single: bool, tensors: tuple[torch.Tensor, ...], *, coded: bool = False) -> Plan:
     """A Plan under the caller's modes."""
-    return Plan(text, steps, single, tensors, torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors))
+    inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
+    return Plan(text, steps, single, tensors, inference, coded)
 
 
 def text_of(operation: str, x: torch.Tensor, site: str) -> str:
@@ -73,6 +75,24 @@ class StreamHandle(Handle):
     def wait(self) -> Any:
         stream = self._module.current_stream()
         stream.wait_event(self._event)
-        for tensor in self._result if isinstance(self._result, tuple) else (self._result,):
-            tensor.record_stream(stream)             # allocated for the side stream, from now on used on this one
-        return self._result
+        return _used_on(stream, self._result)
+
+
+class StagedHandle(Handle):
+    """An operation that the communication thread has done to its end on a side stream; wait() waits for the thread."""
+
+    def __init__(self, handle: Handle, module: Any) -> None:
+        super().__init__()
+        self._handle, self._module = handle, module
+
+    def wait(self) -> Any:
+        return _used_on(self._module.current_stream(), self._handle.wait())
+
+
+def _used_on(stream: Any, result: Any) -> Any:
+    """The result, allocated for the side stream and from now on used on this one."""
+    for tensor in result if isinstance(result, tuple) else (result,):
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            continue
+        tensor.record_stream(stream)
+    return result

@@ -24,7 +24,7 @@ from hetero_attn.collective_arguments import check_rank
 from hetero_attn.collectives.background import CommunicationThread
 from hetero_attn.collectives.exchange import Exchange
 from hetero_attn.collectives.liveness import RollCall
-from hetero_attn.collectives.plans import Plan, StreamHandle, WorkHandle
+from hetero_attn.collectives.plans import Plan, StagedHandle, StreamHandle, WorkHandle
 from hetero_attn.communicator import Communicator, CommunicatorError, Handle
 
 CLOSE_S = 3.0                                        # close() waits no longer than this for what is in flight
@@ -74,8 +74,8 @@ class PlanRunner(Communicator):
             self._in_flight.popleft()
         if len(self._in_flight) > MOST_IN_FLIGHT:    # dropped handles: messages tell only those who wait that they are done
             self._await_oldest(plan)
-        if self._exchange.is_native(plan.tensors[0]):
-            return self._start_on_stream(plan)
+        if self._exchange.is_native(plan.tensors[0]) and not plan.coded and not self._thread.busy():
+            return self._start_on_stream(plan)       # else the thread issues it, behind what it has: ranks must keep one order
         if any(tensor.device.type != "cpu" for tensor in plan.tensors):
             return self._start_staged(plan)
         if not plan.single or self._thread.busy():
@@ -153,11 +153,12 @@ class PlanRunner(Communicator):
         def call() -> Any:
             with module.stream(side):
                 side.wait_event(ready)
-                result = self._finish(plan)
-                side.synchronize()
-            return result
+                try:
+                    return self._finish(plan)
+                finally:
+                    side.synchronize()               # the caller gives its tensors away after an error too
 
-        return self._thread.submit(call)
+        return StagedHandle(self._thread.submit(call), module)
 
     # ---- idling, failing, ending ------------------------------------------------------------------------------------------------
 

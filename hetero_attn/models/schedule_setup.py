@@ -57,7 +57,7 @@ def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     if costs is None and asked["schedule"] == "auto" and worth_measuring(communicator):
         costs = measure_costs(decoder, QUICK_ROWS, use_codec=routes)
         if communicator.codecs is not None:
-            communicator.codecs.traffic.sites.clear()                                # no part of what the model will send
+            communicator.codecs.traffic.clear()                                      # no part of what the model will send
     return schedule_of(asked, costs, routes)
 
 

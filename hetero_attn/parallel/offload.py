@@ -19,8 +19,8 @@ import numpy
 import torch
 
 from hetero_attn import host_memory
+from hetero_attn.collectives.lane import Mark, lanes
 from hetero_attn.ops import attention_varlen
-from hetero_attn.parallel.lane import Mark, StreamLane, lanes
 from hetero_attn.parallel.pinned import pinned
 from hetero_attn.parallel.placement import DeviceMemoryError, Placement
 from hetero_attn.profile import DeviceProfile
@@ -171,8 +171,7 @@ class HostLayers:
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         for lane in (self._up, self._down):
-            if isinstance(lane, StreamLane):
-                lane.keep(tensor)
+            lane.keep(tensor)
         return tensor
 
 

@@ -17,6 +17,7 @@ from hetero_attn.collectives.codec.traffic import Traffic
 from hetero_attn.collectives.coding import PARTIAL, SUM, Coding
 
 FINE, SUM_REFUSED, SOMEBODY_REFUSED = 0, 255, 254    # statuses; 1 + r is rank r's summand
+Told = bool | int | torch.Tensor                     # what Backend.codec_kernels()' pack functions return; a tensor has one element
 
 
 class NonFiniteError(ValueError):
@@ -33,16 +34,24 @@ class LossyCoding(Coding):
     name = ""
 
     def __init__(self, site: str, rank: int, dtype: torch.dtype, kernels: TorchKernels, traffic: Traffic) -> None:
-        self.site, self.rank, self.dtype, self._kernels, self._traffic = site, rank, dtype, kernels, traffic
+        self.site, self.rank, self.dtype, self._kernels, self.traffic = site, rank, dtype, kernels, traffic
         self._refusals: set[tuple[int, int]] = set()                # (status, sender of it); the least is told
 
     def body_size(self, first: int, count: int, stage: str) -> int:
         """Bytes of `count` > 0 values from `first` on, the status byte not counted; the same on every rank."""
         raise NotImplementedError(f"{type(self).__name__} must define body_size()")
 
-    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> int:
-        """values [count > 0] -> body; how many saturated, -1 where one is not finite."""
+    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> Told:
+        """values [count > 0] -> body; what the kernels told of them, for refused() and saturated() to read."""
         raise NotImplementedError(f"{type(self).__name__} must define pack()")
+
+    def refused(self, told: Told) -> bool | torch.Tensor:
+        """Whether a value was not finite."""
+        raise NotImplementedError(f"{type(self).__name__} must define refused()")
+
+    def saturated(self, told: Told) -> int | torch.Tensor:
+        """How many values saturated, where none was refused."""
+        return 0
 
     def unpack(self, body: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, accumulate: bool) -> None:
         """body -> out [count] fp32, written, or added to where `accumulate`; `sender` tells whose scales it was packed with."""
@@ -56,22 +65,42 @@ class LossyCoding(Coding):
     def encode(self, values: torch.Tensor, first: int, stage: str = PARTIAL) -> torch.Tensor:
         count = values.numel()
         payload = torch.empty(self.size(first, count, stage), dtype=torch.uint8)
-        saturated = self.pack(values, first, stage, payload[:-1])
-        if saturated < 0:
+        return self.seal(payload, count, self.pack(values, first, stage, payload[:-1]), stage)
+
+    def seal(self, payload: torch.Tensor, count: int, told: Told, stage: str) -> torch.Tensor:
+        """A payload on the CPU, packed but for its last byte, with its status: fit to be sent. told: of its `count` values, by pack()."""
+        refused = bool(self.refused(told))
+        if refused:
             payload[:-1] = 0
-            self._refusals.add((SUM_REFUSED if stage == SUM else min(1 + self.rank, SOMEBODY_REFUSED), self.rank))
-        self._traffic.add(self.site, count, payload.numel(), max(saturated, 0))
-        payload[-1] = min(self._refusals)[0] if self._refusals else FINE
+            self.refuse(self.own_status(stage), self.rank)
+        self.traffic.add(self.site, count, payload.numel(), 0 if refused else int(self.saturated(told)))
+        payload[-1] = self.status
         return payload
+
+    def own_status(self, stage: str) -> int:
+        """What this rank says of values of its own that are not finite."""
+        return SUM_REFUSED if stage == SUM else min(1 + self.rank, SOMEBODY_REFUSED)
+
+    @property
+    def status(self) -> int:
+        """The worst that is known of the call so far."""
+        return min(self._refusals)[0] if self._refusals else FINE
+
+    def refuse(self, status: int, sender: int) -> None:
+        """`sender` has said that a rank's values, or a sum, are not finite: finish() will raise it."""
+        self._refusals.add((status, sender))
 
     def encode_pieces(
         self, values: torch.Tensor, counts: list[int], firsts: list[int], stage: str = PARTIAL
     ) -> Sequence[torch.Tensor | None]:
-        payloads = super().encode_pieces(values, counts, firsts, stage)
-        if self._refusals:                           # whichever piece it was in: its owner is not the only one who must know
+        return self.tell_all(super().encode_pieces(values, counts, firsts, stage))
+
+    def tell_all(self, payloads: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """Payloads on the CPU, each with the worst status: whichever piece it was in, its owner is not the only one who must know."""
+        if self._refusals:
             for payload in payloads:
                 if payload is not None:
-                    payload[-1] = min(self._refusals)[0]
+                    payload[-1] = self.status
         return payloads
 
     def decode(self, payload: torch.Tensor, sender: int, first: int, count: int, stage: str = PARTIAL) -> torch.Tensor:
@@ -102,13 +131,17 @@ class LossyCoding(Coding):
     # ---- pieces -----------------------------------------------------------------------------------------------------------
 
     def _read(self, payload: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, *, accumulate: bool) -> None:
+        if self.heard(payload, sender):
+            self.unpack(payload[:-1], sender, first, stage, out, accumulate)
+        elif not accumulate:
+            out.zero_()
+
+    def heard(self, payload: torch.Tensor, sender: int) -> bool:
+        """Whether a payload on the CPU holds values; what it says instead is kept."""
         status = int(payload[-1])
         if status != FINE:
-            self._refusals.add((status, sender))
-            if not accumulate:
-                out.zero_()
-        else:
-            self.unpack(payload[:-1], sender, first, stage, out, accumulate)
+            self.refuse(status, sender)
+        return status == FINE
 
 
 class GroupCoding(LossyCoding):
@@ -121,8 +154,11 @@ class GroupCoding(LossyCoding):
     def body_size(self, first: int, count: int, stage: str) -> int:
         return groups_size(count, self.bits)
 
-    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> int:
-        return 0 if self._kernels.pack_groups(values, self.bits, body) else -1
+    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> Told:
+        return self._kernels.pack_groups(values, self.bits, body)
+
+    def refused(self, told: Told) -> bool | torch.Tensor:
+        return told == 0                             # False, or a tensor that may be
 
     def unpack(self, body: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, accumulate: bool) -> None:
         self._kernels.unpack_groups(body, self.bits, out, accumulate)
@@ -143,8 +179,14 @@ class OutlierCoding(LossyCoding):
     def body_size(self, first: int, count: int, stage: str) -> int:
         return features_size(first, count, self._sums)
 
-    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> int:
+    def pack(self, values: torch.Tensor, first: int, stage: str, body: torch.Tensor) -> Told:
         return self._kernels.pack_features(values, first, self._table(self.rank, stage), body)
+
+    def refused(self, told: Told) -> bool | torch.Tensor:
+        return told < 0
+
+    def saturated(self, told: Told) -> int | torch.Tensor:
+        return told
 
     def unpack(self, body: torch.Tensor, sender: int, first: int, stage: str, out: torch.Tensor, accumulate: bool) -> None:
         self._kernels.unpack_features(body, first, self._table(sender, stage), out, accumulate)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hetero_attn.quantity import shown_bytes
+
 
 @dataclass
 class Counts:
@@ -26,10 +28,18 @@ class Counts:
 
 
 class Traffic:
-    """Counts by site, of one rank."""
+    """Counts by site, of one rank. For tensors of a device: packing says who packs them where, or why the host does, in words ('' = no such
+    call yet); bytes_down, bytes_up: what has crossed to the host and back where the device packs."""
 
     def __init__(self) -> None:
         self.sites: dict[str, Counts] = {}
+        self.packing = ""
+        self.bytes_down = self.bytes_up = 0
+
+    def clear(self) -> None:
+        """Begin anew; who packs stays as it is."""
+        self.sites.clear()
+        self.bytes_down = self.bytes_up = 0
 
     def add(self, site: str, values: int, nbytes: int, saturated: int) -> None:
         counts = self.sites.get(site)
@@ -50,8 +60,11 @@ class Traffic:
         if not total.values:
             return ""
         line = f"{total.values} values at {len(self.sites)} sites, {total.bits_per_value:.2f} bits each, "
+        end = f"; {self.packing}" if self.packing else ""
+        if self.bytes_down or self.bytes_up:
+            end += f" ({shown_bytes(self.bytes_down)} to the host, {shown_bytes(self.bytes_up)} back)"
         if not total.saturated:
-            return line + "none saturated"
+            return f"{line}none saturated{end}"
         worst = max(self.sites, key=lambda site: self.sites[site].saturated_share)
         return line + (f"{total.saturated_share:.2%} saturated (most at {worst or 'calls without a site'}: "
-                       f"{self.sites[worst].saturated_share:.2%})")
+                       f"{self.sites[worst].saturated_share:.2%}){end}")

@@ -32,6 +32,9 @@ class Lane(Protocol):
     def start(self, work: Callable[[], None], after: Iterable[Mark] = ()) -> Mark:
         """Begin `work` after what the caller has begun and after the marks."""
 
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, whose memory is not given away while this lane may still read or write it."""
+
 
 def lanes(device: torch.device, count: int) -> list[Lane]:
     """Lanes for copies from and to the device: `count` streams, so that both directions of a bus are used; one thread on the CPU, which
@@ -58,6 +61,9 @@ class ThreadLane:
             work()
 
         return _ThreadMark(self._submit(run))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor                                # what is started holds its tensors until it is done
 
 
 class _ThreadMark:
@@ -88,7 +94,6 @@ class StreamLane:
         return _StreamMark(event, self._module, self._device)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, whose memory is not given away while this lane may still read or write it."""
         tensor.record_stream(self.stream)
         return tensor
 
