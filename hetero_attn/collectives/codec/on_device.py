@@ -56,7 +56,7 @@ class DevicePath:
 
     def land(self, body: torch.Tensor, told: Told) -> Landing:
         """Begin to bring body uint8 [n] and what its kernel told to the host."""
-        memory = self._host(HEADER + body.numel() + 1)
+        memory = self.host_memory(HEADER + body.numel() + 1)
         header, payload = memory[:HEADER].view(torch.int64), memory[HEADER:-1]
         for tensor in (body, told):
             if isinstance(tensor, torch.Tensor):
@@ -75,17 +75,21 @@ class DevicePath:
     def lift(self, bodies: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Bytes on the CPU, which may change at once, on the device: the calling stream's to read."""
         places = [-(-body.numel() // ALIGN) * ALIGN for body in bodies]
-        memory = self._host(sum(places))
+        memory = self.host_memory(sum(places))
         for place, body in zip(memory.split(places), bodies):
             place[: body.numel()] = body
-        target = self._up.keep(torch.empty(memory.numel(), dtype=torch.uint8, device=self.device))
+        target = self._up.keep(self.device_memory(memory.numel()))
         self._up.start(lambda: target.copy_(memory, non_blocking=True)).wait()
         self._traffic.bytes_up += memory.numel()
         return [place[: body.numel()] for place, body in zip(target.split(places), bodies)]
 
-    def _host(self, nbytes: int) -> torch.Tensor:
-        """Host memory that no copy still uses: torch gives pinned memory out again when the streams are done with it."""
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] that no copy still uses: torch gives pinned memory out again when the streams are done with it."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
+
+    def device_memory(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] for the calling stream."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     @contextmanager
     def named(self, doing: str, site: str) -> Iterator[None]:
@@ -139,7 +143,7 @@ class StagedCoding(Coding):
     def _begin(self, values: torch.Tensor, first: int, stage: str) -> tuple[torch.Tensor, Landing]:
         """Values on the device -> their bytes there, and on their way to the host."""
         with self._path.named("packing", self._lossy.site):
-            body = torch.empty(self.size(first, values.numel(), stage) - 1, dtype=torch.uint8, device=values.device)
+            body = self._path.device_memory(self.size(first, values.numel(), stage) - 1)
             return body, self._path.land(body, self._lossy.pack(values, first, stage, body))
 
     def _landed(self, begun: tuple[torch.Tensor, Landing], count: int, stage: str) -> torch.Tensor:
