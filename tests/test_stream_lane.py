@@ -7,11 +7,13 @@ for whom. A tensor knows where and when it was last written: whoever reads it on
 import collections
 import contextlib
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hetero_attn.collectives.background import CommunicationThread
 from hetero_attn.collectives.plans import Plan
 from hetero_attn.collectives.runner import PlanRunner
 from hetero_attn.parallel.schedule import CommunicationLane
@@ -40,8 +42,12 @@ class Device:
             def record_event(self):
                 return SimpleNamespace(at=self.step())
 
+            def synchronize(self):
+                outer.synchronized.append(self)
+
         self.Stream, self._current = Stream, [Stream()]
         outer.library = Stream()                                         # NCCL's or HCCL's own
+        outer.synchronized = []
 
     def current_stream(self):
         return self._current[-1]
@@ -135,3 +141,64 @@ def test_a_side_stream_that_does_not_wait_for_the_product_is_caught(device, monk
     monkeypatch.setattr(device.Stream, "wait_stream", lambda self, other: None)
     with pytest.raises(AssertionError, match="before it was written"):
         Runner(device).start("all_reduce_rms_norm", Tensor(device), Tensor(device))
+
+
+# ---- sums under a codec, to whose end the host waits ---------------------------------------------------------------------------------
+
+
+class CodedRunner(Runner):
+    """Its plans pack on the stream they run on; `fails`: after that."""
+
+    def __init__(self, module, fails=False):
+        super().__init__(module)
+        self._thread, self.device, self.fails = CommunicationThread("test"), Tensor.device, fails
+
+    def fail(self, text, error, began):
+        return RuntimeError(f"{text}: {error}")
+
+    def planned(self, operation, x, *, site=""):
+        def steps():
+            x.read()
+            yield SimpleNamespace(wait=lambda: None)
+            if self.fails:
+                raise RuntimeError("the device has gone")
+            return Tensor(self.module)
+
+        return Plan("all_reduce", steps(), True, (x,), False, coded=True)
+
+
+def test_a_coded_sum_over_a_device_library_runs_on_the_thread_behind_the_calling_streams_work(device):
+    runner, x = CodedRunner(device), Tensor(device)
+    x.told.add("any")
+    x.read = lambda: Tensor.read(x) if device.current_stream() is x.home else seen.append(device.current_stream().clock.copy())
+    seen = []
+    handle = runner.start("all_reduce", x)
+    result = handle.wait()
+    assert len(seen) == 1 and all(seen[0][each] >= count for each, count in x.written.items())
+    assert device.synchronized == [runner._side_stream] and id(device.current_stream()) in result.told
+    assert runner._thread.close(1)
+
+
+def test_what_is_started_behind_a_coded_sum_is_issued_behind_it(device):
+    """Ranks whose threads are quicker must not issue the library's collectives in another order."""
+    runner, order = CodedRunner(device), []
+    first = runner._thread.submit(lambda: (time.sleep(0.1), order.append("coded")))
+    runner.planned = lambda operation, x, *, site="": Plan("plain", plain(), False, (x,), False)
+
+    def plain():
+        order.append("plain")
+        yield SimpleNamespace(wait=lambda: None)
+        return Tensor(device)
+
+    runner.start("all_reduce", Tensor(device)).wait()
+    first.wait()
+    assert order == ["coded", "plain"] and runner._thread.close(1)
+
+
+def test_a_coded_sum_that_fails_has_left_the_device_when_its_caller_hears_of_it(device):
+    runner = CodedRunner(device, fails=True)
+    x = Tensor(device)
+    x.read = lambda: None
+    with pytest.raises(RuntimeError, match="all_reduce: the device has gone"):
+        runner.start("all_reduce", x).wait()
+    assert device.synchronized == [runner._side_stream] and runner._thread.close(1)

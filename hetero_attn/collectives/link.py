@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from hetero_attn.collectives.choice import Fixed, Route
-from hetero_attn.collectives.codec import CALIBRATED, Calibration, Codecs
+from hetero_attn.collectives.codec import CALIBRATED, CPU, Calibration, Codecs
 from hetero_attn.collectives.coding import Coding
 from hetero_attn.collectives.cost import CANDIDATES, CodecCost, Load, load
 from hetero_attn.collectives.direct import Steps
@@ -137,8 +137,10 @@ def chosen(communicator: DistributedCommunicator, route: Route) -> Iterator[None
         communicator.choice = kept
 
 
-def codec_costs(rank: int, world_size: int, names: Sequence[str], calibration: Calibration | None = None) -> dict[str, CodecCost]:
-    """Bytes on the wire and seconds, for a byte of fp32 and for any call, by this rank's own kernels.
+def codec_costs(
+    rank: int, world_size: int, names: Sequence[str], calibration: Calibration | None = None, device: torch.device = CPU
+) -> dict[str, CodecCost]:
+    """Bytes on the wire and seconds, for a byte of fp32 and for any call, by this rank's own kernels for tensors on the device.
 
     The codec that needs a calibration is timed with its first site's tables; without one, which comes with a model only, it is counted as
     the codec of as many bits that needs none.
@@ -150,8 +152,8 @@ def codec_costs(rank: int, world_size: int, names: Sequence[str], calibration: C
         if name == CALIBRATED and calibration is not None:
             site = next(iter(calibration.sites))
             width = calibration.sites[site].sum_scale.numel()
-        coding = codecs.coding("int4_group32" if name == CALIBRATED and calibration is None else name, site, width, torch.float32)
-        short, long = (torch.linspace(-1.0, 1.0, count) for count in (64, max(1, CODEC_VALUES // width) * width))
+        coding = codecs.coding("int4_group32" if name == CALIBRATED and calibration is None else name, site, width, torch.float32, device)
+        short, long = (torch.linspace(-1.0, 1.0, count).to(device) for count in (64, max(1, CODEC_VALUES // width) * width))
         call_s, whole_s = (_coding_seconds(coding, values, rank) for values in (short, long))
         ratio = coding.size(0, long.numel()) / long.nbytes
         found[name] = CodecCost(ratio, max(whole_s - call_s, 0.0) / long.nbytes, call_s)
@@ -159,11 +161,12 @@ def codec_costs(rank: int, world_size: int, names: Sequence[str], calibration: C
 
 
 def _coding_seconds(coding: Coding, values: torch.Tensor, rank: int) -> float:
-    """Of an encoding or a decoding of these values, one with the other."""
+    """Of an encoding or a decoding of these values, one with the other; where a device's are packed on the host, of their way there too."""
     times = []
     for _ in range(7):
         began = time.perf_counter()
-        coding.decode(coding.encode(values, 0), rank, 0, values.numel())
+        payload = coding.encode(values if coding.on_device else values.cpu(), 0)
+        coding.decode(payload, rank, 0, values.numel()).to(values.device)[-1:].cpu()           # waits for the device
         times.append(time.perf_counter() - began)
     return min(times) / 2
 
@@ -172,7 +175,7 @@ def measure_codecs(
     communicator: DistributedCommunicator, names: Sequence[str], calibration: Calibration | None = None
 ) -> dict[str, CodecCost]:
     """codec_costs() of the slowest rank; all ranks call it together."""
-    own = codec_costs(communicator.rank, communicator.world_size, names, calibration)
+    own = codec_costs(communicator.rank, communicator.world_size, names, calibration, communicator.device)
     return {name: CodecCost(cost.ratio, *(slowest(communicator, each) for each in cost[1:])) for name, cost in own.items()}
 
 
