@@ -1,10 +1,12 @@
 """The low-bit codecs between real ranks: the same bits everywhere, as few on the wire as promised, refusals that all hear.
 
-One rank packs by torch and the others natively, if they can: nobody may be able to tell.
+One rank packs by torch on the host and the others natively, or on the device, if they can: nobody may be able to tell. On an accelerator:
+HETERO_ATTN_TEST_DEVICE=cuda pytest tests/test_codec_ranks.py
 """
 
 import hashlib
 import math
+import os
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hetero_attn.collectives.codec.definition import TorchKernels
 from hetero_attn.collectives.codec.lossy import GroupCoding
 from hetero_attn.collectives.codec.measure import MovingRange
 from hetero_attn.collectives.codec.traffic import Traffic
-from hetero_attn.testing.ranks import on_ranks
+from hetero_attn.testing.ranks import DEVICE_VARIABLE, on_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TORCH = TorchKernels()
@@ -43,17 +45,19 @@ def calibration(row_factors: bool) -> Calibration:
     return Calibration(WORLD, {"layers.0.o_proj": ranges}, row_factors=row_factors)
 
 
-def mixed_kernels(rank: int):
-    """Rank 1 has no compiler: it packs by torch, and must not be told apart."""
+def mixed_kernels(communicator):
+    """Rank 1 has no compiler: it packs by torch on the host, and must not be told apart."""
     from hetero_attn.collectives import codec
 
-    if rank == 1:
+    if communicator.rank == 1:
         codec.kernels = lambda device: TORCH
+        communicator.codecs.paths[communicator.device] = None
 
 
 def in_rank(communicator, codec: str) -> dict:
     """Everything of one codec on a rank; plain values back."""
-    mixed_kernels(communicator.rank)
+    mixed_kernels(communicator)
+    device = communicator.device
     codec, _, plain = codec.partition(" ")
     if codec == "int4_outliers":
         communicator.codecs.calibration = calibration(row_factors=not plain)
@@ -65,33 +69,34 @@ def in_rank(communicator, codec: str) -> dict:
                 parts = [partial(rank, shape, dtype) for rank in range(WORLD)]
                 exact = torch.stack([part.float() for part in parts]).sum(0)
                 before = communicator.bytes_sent
-                y = communicator.start_all_reduce(parts[communicator.rank].clone(), site=site).wait()
+                y = communicator.start_all_reduce(parts[communicator.rank].to(device, copy=True), site=site).wait().cpu()
                 sent = communicator.bytes_sent - before
                 error = ((y.float() - exact).norm() / sum(part.float().norm() for part in parts).clamp(min=1e-9)).item()
                 report[algorithm, str(dtype), shape] = error, sent, hashlib.sha256(y.float().numpy().tobytes()).hexdigest()
-        own = communicator.reduce_scatter(partial(communicator.rank, (7, WIDTH)), site=site)
+        own = communicator.reduce_scatter(partial(communicator.rank, (7, WIDTH)).to(device), site=site).cpu()
         exact = torch.stack([partial(rank, (7, WIDTH)) for rank in range(WORLD)]).sum(0)[communicator.rows(7)]
         report[algorithm, "reduce_scatter"] = ((own - exact).norm() / exact.norm()).item()
         report[algorithm, "refused"] = refusals(communicator, site)
     if codec == "int4_group32":
         report["overflow"] = overflow(communicator, site)
-    report["traffic"] = communicator.codecs.traffic.total()
+    report["traffic"], report["packing"] = communicator.codecs.traffic.total(), communicator.codecs.traffic.packing
     return report
 
 
 def refusals(communicator, site: str) -> list[str]:
     """What each operation says to a NaN that only rank 1 has, in the last row; then the group still sums."""
-    bad = partial(communicator.rank, (7, WIDTH))
+    device = communicator.device
+    bad = partial(communicator.rank, (7, WIDTH)).to(device)
     if communicator.rank == 1:
         bad[6, 100] = math.nan
-    shard = torch.zeros(communicator.row_counts(7)[communicator.rank], WIDTH)
+    shard = torch.zeros(communicator.row_counts(7)[communicator.rank], WIDTH, device=device)
     short = bad[6:].clone()
     said = []
     for call in (
         lambda: communicator.all_reduce(bad.clone(), site=site),
         lambda: communicator.reduce_scatter(bad, site=site),
         lambda: communicator.start_all_reduce(bad.clone(), site=site).wait(),
-        lambda: communicator.all_reduce_rms_norm(bad.clone(), shard, torch.ones(WIDTH), 1e-5, site=site),
+        lambda: communicator.all_reduce_rms_norm(bad.clone(), shard, torch.ones(WIDTH, device=device), 1e-5, site=site),
         lambda: communicator.all_reduce(short, site=site),
     ):
         try:
@@ -99,7 +104,7 @@ def refusals(communicator, site: str) -> list[str]:
             said.append("nothing")
         except NonFiniteError as error:
             said.append(f"{error.rank} {error.site}: {error}")
-    total = communicator.all_reduce(torch.ones(1, WIDTH), site=site)
+    total = communicator.all_reduce(torch.ones(1, WIDTH, device=device), site=site)
     assert not shard.any() and 0.5 < total.min() and total.max() < 4.5      # static scales of few batches saturate early
     return said
 
@@ -107,7 +112,7 @@ def refusals(communicator, site: str) -> list[str]:
 def overflow(communicator, site: str) -> list[str]:
     """A star's root finds the sum of the last rank's rows beyond fp16, when the others' pieces are fine: all are told, all go on."""
     communicator.choice = Fixed(Route("star", "int4_group32"))
-    x = torch.ones(6, WIDTH, dtype=torch.float16)
+    x = torch.ones(6, WIDTH, dtype=torch.float16, device=communicator.device)
     x[4] = 60_000
     said = []
     for _ in range(2):
@@ -116,7 +121,7 @@ def overflow(communicator, site: str) -> list[str]:
             said.append("nothing")
         except NonFiniteError as error:
             said.append(str(error))
-    assert communicator.all_reduce(torch.ones(1, WIDTH), site=site).min() > 2
+    assert communicator.all_reduce(torch.ones(1, WIDTH, device=communicator.device), site=site).min() > 2
     return said
 
 
@@ -147,6 +152,13 @@ def test_ranks_send_as_few_bits_as_promised(ranks):
     for algorithm, copies in (("one_shot", WORLD - 1), ("two_shot", 2 * (WORLD - 1) / WORLD)):
         sent = [report[algorithm, "torch.bfloat16", (40, WIDTH)][1] for report in reports]
         assert max(sent) * 8 <= bits * values * copies * 1.02 + 8 * 40, (algorithm, sent)
+
+
+def test_a_device_packs_its_own(ranks):
+    """Where there is one; on the CPU there is nobody to tell of."""
+    device = os.environ.get(DEVICE_VARIABLE, "cpu")
+    for rank, report in enumerate(ranks[1]):
+        assert report["packing"].startswith(f"packed on {device}") == (device != "cpu" and rank != 1), report["packing"]
 
 
 def test_only_static_scales_saturate(ranks, request):

@@ -1,7 +1,8 @@
 """triton-emulated: the triton backend on CPU tensors, its kernels run by Triton's interpreter. For tests; never chosen automatically.
 
-Import it only in a process that has TRITON_INTERPRET=1 since its start. Three of the interpreter's habits are mended, because they are
-not the device's: it multiplies bf16 as if its bits were integers, rounds fp32 to bf16 towards zero, and fuses no multiply-add.
+Import it only in a process that has TRITON_INTERPRET=1 since its start. Four of the interpreter's habits are mended, because they are not
+the device's: it multiplies bf16 as if its bits were integers, rounds fp32 to bf16 towards zero, loses bits of subnormal bf16 that it makes
+fp32, and fuses no multiply-add.
 """
 
 import os
@@ -50,6 +51,8 @@ def mend_the_interpreter() -> None:
     def cast_impl(self, source, to):
         if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
             return handle(rounded_to_bf16(source.data), to.scalar)
+        if source.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
+            return widened(source)                                  # its own makes subnormal numbers smaller
         return original_cast(self, source, to)
 
     def create_fma(self, x, y, z):
