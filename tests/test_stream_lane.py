@@ -195,6 +195,16 @@ def test_what_is_started_behind_a_coded_sum_is_issued_behind_it(device):
     assert order == ["coded", "plain"] and runner._thread.close(1)
 
 
+def test_a_call_that_waits_for_the_thread_waits_for_the_calling_streams_work_too(device):
+    runner, order = CodedRunner(device), []
+    first = runner._thread.submit(lambda: (time.sleep(0.1), order.append("before")))
+    x = Tensor(device)
+    x.read = lambda: order.append(all(device.current_stream().clock[each] >= count for each, count in x.written.items()))
+    runner._run(runner.planned("all_reduce", x))
+    first.wait()
+    assert order == ["before", True] and device.synchronized == [runner._side_stream] and runner._thread.close(1)
+
+
 def test_a_coded_sum_that_fails_has_left_the_device_when_its_caller_hears_of_it(device):
     runner = CodedRunner(device, fails=True)
     x = Tensor(device)

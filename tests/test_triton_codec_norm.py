@@ -44,7 +44,7 @@ def test_groups_are_the_definition(**case):
 @settings(max_examples=25 * MANY, deadline=None, derandomize=not full_grid(), database=None)
 @given(
     features=st.one_of(st.sampled_from([1, 2, 511, 512, 1025]), st.integers(5, 200)), first=st.integers(0, 3000),
-    count=st.integers(0, 2500 if full_grid() else 1100), share=SHARES, **COMMON,                # a program a row: many narrow ones take long
+    count=st.integers(0, 2500 if full_grid() else 1100), share=SHARES, **COMMON,                # a program a row: many take long
 )
 def test_features_are_the_definition(**case):
     codec_cases.features(NATIVE, **case)

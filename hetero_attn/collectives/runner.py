@@ -64,6 +64,8 @@ class PlanRunner(Communicator):
     def _run(self, plan: Plan) -> Any:
         self._raise_if_broken(self._closed)
         if self._thread.busy():                      # keep the order of issue: what was started before comes before
+            if any(tensor.device.type != "cpu" for tensor in plan.tensors):
+                return self._start_staged(plan).wait()             # the thread's stream knows nothing of the caller's
             return self._thread.submit(lambda: self._finish(plan)).wait()
         return self._finish(plan)
 
