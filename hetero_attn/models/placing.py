@@ -141,6 +141,13 @@ def check_placement(profile: DeviceProfile, config: ModelConfig, *, streams: boo
     return asked, limit
 
 
+def may_offload(profile: DeviceProfile) -> bool:
+    """Whether a cache may put layers' KV into host memory by this profile."""
+    asked = parse(profile.placement)
+    bounded = profile.device_memory is not None or profile.device != "cpu"
+    return asked > 0 if isinstance(asked, int) else asked == AUTO and bounded
+
+
 def make_placing(decoder, profile: DeviceProfile, asked: str | int, limit: int | None) -> Placing:
     """The placing of a loaded decoder. All ranks call this together. Raises DeviceMemoryError, on every rank, where one's weights alone are
     too much."""
