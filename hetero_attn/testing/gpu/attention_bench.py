@@ -70,7 +70,8 @@ def ours(device: torch.device, names: list[str] | None = None) -> list[str]:
 def contenders(shape: Shape, device: torch.device, flex: bool) -> dict[str, Callable[[], object]]:
     """What is put to the clock for a shape: our backends that take the call, the automatic choice, SDPA and FlexAttention."""
     heads = ((shape.q_heads, shape.q_len), (shape.kv_heads, shape.kv_len), (shape.kv_heads, shape.kv_len))
-    q, k, v = (torch.randn(shape.batch, count, length, shape.head_dim, dtype=narrow_dtype(device), device=device) for count, length in heads)
+    dtype = narrow_dtype(device)
+    q, k, v = (torch.randn(shape.batch, count, length, shape.head_dim, dtype=dtype, device=device) for count, length in heads)
     mask = None
     if shape.masked:
         mask = torch.rand(1, 1, shape.q_len, shape.kv_len, device=device) < 0.9
@@ -163,7 +164,8 @@ def decode(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
                 missing.append(f"{shape.name}, {name}: bar not measured: {found.get(name, 'it does not take the call')}")
         held, lacking = ratios(shape.name, found, [bar for bar in bars(shape, device) if bar[1] == SDPA])
         figures, missing = figures + held, missing + lacking
-    return judged(f"{len(shapes)} shapes, {dtype_name(narrow_dtype(device))}, medians of {rounds}, of the device alone", figures, table, missing)
+    text = f"{len(shapes)} shapes, {dtype_name(narrow_dtype(device))}, medians of {rounds}, of the device alone"
+    return judged(text, figures, table, missing)
 
 
 def needs_triton(device: torch.device) -> bool:

@@ -196,7 +196,8 @@ def sanitizer(run: Run) -> Outcome:
 def limits(run: Run) -> Outcome:
     """The ceilings that shares are of."""
     found = run.ceilings()
-    figures = [Figure(f"{dtype_name(ceilings.narrow_dtype(run.device))} product", found.tflops, "TFLOP/s"), Figure("copy, read and written", found.gbps, "GB/s")]
+    dtype = dtype_name(ceilings.narrow_dtype(run.device))
+    figures = [Figure(f"{dtype} product", found.tflops, "TFLOP/s"), Figure("copy, read and written", found.gbps, "GB/s")]
     return judged("measured in this run", figures, [])
 
 
