@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -26,25 +24,14 @@ from overlap.model import Shape, random_decoder  # noqa: E402
 
 from hetero_attn.communicator import SoloCommunicator  # noqa: E402
 from hetero_attn.models.cache import PagedCache  # noqa: E402
-from hetero_attn.models.placing import Placing, layer_bytes, make_placing, weight_bytes  # noqa: E402
-from hetero_attn.parallel.placement import ALL_DEVICE, AUTO, BUFFERS, DeviceMemoryError  # noqa: E402
+from hetero_attn.models.placing import make_placing, weight_bytes  # noqa: E402
+from hetero_attn.parallel.placement import ALL_DEVICE, AUTO, DeviceMemoryError  # noqa: E402
 from hetero_attn.profile import load_profile  # noqa: E402
 from hetero_attn.quantity import shown_bytes, shown_seconds  # noqa: E402
+from hetero_attn.testing.cooperation import Way, limits, prepare, run  # noqa: E402
 
 SHAPE = Shape(hidden=1024, layers=16, ffn=2816, q_heads=16, kv_heads=16, vocab=4096, dtype="bfloat16")
 SLOWER = 1.15                   # a prompt or token may take so many times that of all KV on the device: copies beside it, nothing more
-
-
-@dataclass
-class Way:
-    """One placement: its cache, and what each chunk and token took."""
-
-    name: str
-    placing: Placing
-    cache: PagedCache
-    sequence: int
-    chunk_s: list[float] = field(default_factory=list)
-    token_s: list[float] = field(default_factory=list)
 
 
 def arguments() -> argparse.Namespace:
@@ -60,40 +47,9 @@ def arguments() -> argparse.Namespace:
     return found
 
 
-def limits(decoder, profile, tokens: int) -> dict[str, tuple[str | int, int | None]]:
-    """Of each way, the placement asked for and the device's bytes: half has what half of the layers' KV and the buffers need."""
-    layers, blocks = decoder.config.layers, PagedCache.blocks_for(tokens, 1, decoder.kv_block_size)
-    figures = Placing(profile=profile).figures(decoder, 1)
-    room = (layers // 2 + BUFFERS) * layer_bytes(decoder, blocks)
-    return {"all-device": (ALL_DEVICE, None), "half": (AUTO, figures.weights + figures.activations + room), "all-host": (layers, None)}
-
-
-def prepare(decoder, name: str, asked: str | int, limit: int | None, tokens: int) -> Way:
-    decoder.placing = make_placing(decoder, decoder.profile, asked, limit)
-    cache = decoder.new_cache(tokens, 1)
-    return Way(name, decoder.placing, cache, cache.add_sequence())
-
-
-def run(decoder, ways: list[Way], prompt: list[int], new: int, chunk: int) -> float:
-    """All ways through prompt and decoding, in turns -> the largest difference of any logit from the first way's."""
-    apart, turn = 0.0, 0
-    starts = [*range(0, len(prompt), chunk), *range(len(prompt), len(prompt) + new)]
-    token = 0
-    for start in starts:
-        tokens = prompt[start : start + chunk] or [token]
-        logits = {}
-        for place in range(len(ways)):
-            way = ways[(place + turn) % len(ways)]
-            began = time.perf_counter()
-            logits[way.name] = decoder(way.cache.step([way.sequence], [len(tokens)], tokens), way.cache)
-            (way.chunk_s if start < len(prompt) else way.token_s).append(time.perf_counter() - began)
-        turn += 1
-        first = logits[ways[0].name]
-        apart = max([apart, *(float((each - first).abs().max()) for each in logits.values())])
-        token = int(first[0].argmax())
-        print(f"\r{min(start + len(tokens), len(prompt) + new)} of {len(prompt) + new} tokens", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return apart
+def telling(total: int):
+    """Progress on stderr."""
+    return lambda done: print(f"\r{done} of {total} tokens", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def facts_of(way: Way, first: Way, decoder) -> dict:
@@ -104,8 +60,7 @@ def facts_of(way: Way, first: Way, decoder) -> dict:
         "device_bytes": last.device_bytes, "host_bytes": last.host_bytes, "device_memory": account.limit,
         "device_peak": account.peak if account.limit else account.peak + weight_bytes(decoder),
         "prompt_s": sum(way.chunk_s), "token_s": median(way.token_s),
-        "prompt_ratio": median(own / base for own, base in zip(way.chunk_s, first.chunk_s)),
-        "token_ratio": median(own / base for own, base in zip(way.token_s, first.token_s)),
+        **dict(zip(("prompt_ratio", "token_ratio"), way.ratios(first))),
         "fetched": traffic.fetched, "stored": traffic.stored, "crossed": traffic.crossed,
     }
 
@@ -130,11 +85,12 @@ def main() -> int:
     profile = load_profile("cpu", sets=[f"prefill_chunk={args.chunk}"])
     decoder = random_decoder(SHAPE, SoloCommunicator(), profile)
     tokens = args.context + args.tokens
-    asked = limits(decoder, profile, tokens)
+    asked = limits(decoder, tokens)
     before = machine.describe("cpu", torch.get_num_threads())
     ways = [prepare(decoder, name, *asked[name], tokens) for name in args.ways]
     prompt = torch.randint(3, SHAPE.vocab, (args.context,), generator=torch.Generator().manual_seed(2)).tolist()
-    apart = run(decoder, ways, prompt, args.tokens, args.chunk)
+    run(decoder, ways, prompt, args.tokens, args.chunk, telling(tokens))
+    apart = max(max(way.prompt_apart, way.token_apart) for way in ways)
     rows = [facts_of(way, ways[0], decoder) for way in ways]
     report = {"machine": before, "shape": vars(SHAPE), "context": args.context, "chunk": args.chunk, "tokens": args.tokens, "apart": apart,
               "weights": weight_bytes(decoder), "ways": rows, "largest": largest(decoder, profile, asked["half"][1])}

@@ -64,6 +64,12 @@ class Backend:
         """(optional) What the user should know about a call that runs: a slow route, for example. Shown by explain."""
         return []
 
+    def gathered_copies(self, spec: AttentionSpec) -> int:
+        """(optional) How many times a paged call holds all K and V that its pages hold once more, at most; 0 = pages are read where they
+        lie. Placement leaves so much of the device's memory free. Asked for calls that the backend takes; answers without the device.
+        """
+        return 0
+
     def tiling(self, spec: AttentionSpec, profile: DeviceProfile) -> Any | None:
         """(optional) How its own kernel would cut the call on the profile's device: an object that prints (str) and has to_dict(), or None
         where there is nothing to tell. Shown by `hetero-attn explain --tiling`. Raises ValueError for a call that no tiling fits."""

@@ -180,6 +180,20 @@ class Cubin:
         return self.build()
 
 
+@dataclass(frozen=True)
+class KernelSource:
+    """One kernel in source, for every architecture: the file under csrc/, the function in it, and what the preprocessor is told."""
+
+    source: str                        # "volta/forward.cu"; the folder is the family, and the first part of a cubin's name
+    function: str
+    name: str                          # of the variant
+    defines: tuple[tuple[str, int], ...] = ()
+
+    def cubin(self, arch: str, *, used_here: bool = False) -> Cubin:
+        """The kernel for one architecture, such as 'sm_70'."""
+        return Cubin(f"{Path(self.source).parts[0]}-{self.name}", self.source, self.defines, arch=arch, used_here=used_here)
+
+
 def facts_of(log: str) -> dict[str, int]:
     """ptxas's report of the functions of one cubin: the most registers, and the sums of what was spilled and of stack frames."""
     spills = [tuple(map(int, found)) for found in SPILLED.findall(log)]

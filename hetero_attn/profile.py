@@ -30,7 +30,8 @@ __all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "Overlap
 
 BACKEND_NAME = {"pattern": r"[a-z0-9][a-z0-9_-]*", "form": "lower-case letters, digits, _ and -"}
 WHOLE_PAGES = ("shared_stage_bytes", "shared_heap_bytes", "symmetric_room_bytes", "symmetric_heap_bytes")     # multiples of 4096
-PLACEMENT_PATTERN, PLACEMENT_FORM = r"auto|all-device|[0-9]+-host-layers", "auto, all-device, or a number as in 20-host-layers"
+PLACEMENT_PATTERN = r"auto|all-device|[0-9]+(-host-layers)?"
+PLACEMENT_FORM = "auto, all-device, or how many layers' KV lie in host memory, as in 20 or 20-host-layers"
 NOT_INHERITED = ("name", "verified", "detect")        # a file that extends another is another device, which nobody has verified by it
 
 
@@ -83,7 +84,8 @@ class DeviceProfile:
     window: int | None = setting("Blocks (attention or MLP of a layer) in the streaming window; null = what is quickest within the budget",
                                  default=None, minimum=1)
     placement: str = setting("Where a layer's KV lives: auto = on the device as far as it fits, else in host memory; all-device; or how "
-                             "many layers' KV lie in host memory", default="auto", pattern=PLACEMENT_PATTERN, form=PLACEMENT_FORM)
+                             "many layers' KV lie in host memory", default="auto", pattern=PLACEMENT_PATTERN, form=PLACEMENT_FORM,
+                             counted="{}-host-layers")
     device_memory: str | None = setting("Memory of one rank's device that weights, activations and KV may take; null = all that is free "
                                         "(on the cpu: no bound)", default=None, pattern=SIZE_PATTERN, form=SIZE_FORM)
     hardware: Hardware = field(default_factory=Hardware, metadata={"doc": "The device's numbers, each with its source beside it"})

@@ -53,10 +53,11 @@ class Origins(Mapping):
 
 
 def setting(doc: str, *, default: Any = dataclasses.MISSING, minimum: float | None = None, above: float | None = None,
-            pattern: str | None = None, form: str | None = None):
+            pattern: str | None = None, form: str | None = None, counted: str | None = None):
     """A dataclass field with its documentation and bounds: value >= minimum, value > above, or the whole string matches `pattern`
-    (`form` is that pattern in words). For a list the bounds hold for each item. Without `default` the field is required."""
-    metadata = {"doc": doc, "minimum": minimum, "above": above, "pattern": pattern, "form": form}
+    (`form` is that pattern in words; an integer >= 0 stands for the string `counted.format(integer)`). For a list the bounds hold for each
+    item. Without `default` the field is required."""
+    metadata = {"doc": doc, "minimum": minimum, "above": above, "pattern": pattern, "form": form, "counted": counted}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -76,6 +77,7 @@ class Leaf:
     above: float | None = None
     pattern: str | None = None
     form: str | None = None
+    counted: str | None = None
 
     def expected(self) -> str:
         """What the field takes, in words: "an integer >= 1", "a list of 3 integers >= 1 or null"."""
@@ -89,6 +91,8 @@ class Leaf:
             words += f" >= {self.minimum:g}"
         if self.above is not None:
             words += f" > {self.above:g}"
+        if self.counted is not None:
+            words = f"an integer >= 0 or {words}"
         if self.form:
             words += f" ({self.form})"
         return words + (" or null" if self.optional else "")
@@ -112,6 +116,8 @@ class Leaf:
     def _accept_one(self, value: Any) -> Any:
         where = "holds" if self.many else "is"
         refused = ValueError(f"{where} {shown(value)}, expected {self.expected()}")
+        if self.counted is not None and type(value) is int and value >= 0:
+            value = self.counted.format(value)
         if self.kind is float and type(value) is int:
             try:
                 value = float(value)
@@ -161,7 +167,7 @@ def leaves(cls: type, prefix: str = "") -> dict[str, Leaf]:
         if f.name in sections(cls):
             found.update(leaves(hints[f.name], path + "."))
         elif "doc" in f.metadata:
-            bounds = {name: f.metadata[name] for name in ("doc", "minimum", "above", "pattern", "form")}
+            bounds = {name: f.metadata[name] for name in ("doc", "minimum", "above", "pattern", "form", "counted")}
             found[path] = Leaf(path=path, default=f.default, **_kind_of(hints[f.name]), **bounds)
     return found
 

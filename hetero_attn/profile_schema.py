@@ -49,7 +49,9 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
     if leaf.above is not None:
         one["exclusiveMinimum"] = leaf.above
     if leaf.pattern is not None:
-        one["pattern"] = f"^{leaf.pattern}$"
+        one["pattern"] = f"^(?:{leaf.pattern})$"
+    if leaf.counted is not None:                           # bounds of the other type do not bind: a pattern says nothing of an integer
+        one |= {"type": [one["type"], "integer"], "minimum": 0}
     if leaf.many:
         one = {"type": "array", "items": one}
         if leaf.length is not None:
@@ -57,7 +59,7 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
         if leaf.kind is str:
             one["uniqueItems"] = True
     if leaf.optional:
-        one["type"] = [one["type"], "null"]
+        one["type"] = [*([one["type"]] if isinstance(one["type"], str) else one["type"]), "null"]
     if leaf.default is not dataclasses.MISSING:
         one["default"] = list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
     return {"description": leaf.doc, **one}

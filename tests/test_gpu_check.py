@@ -1,5 +1,6 @@
 """make gpu-check without a GPU: it says what it needs, its arithmetic and its page are right, and a rehearsal runs it on the CPU."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hetero_attn.parallel import offload
 from hetero_attn.testing.attention_cases import attention_cases
-from hetero_attn.testing.gpu import attention_bench, checks, conform, graphs, groups, norm_bench
+from hetero_attn.testing.gpu import attention_bench, checks, conform, cooperation, graphs, groups, norm_bench
 from hetero_attn.testing.gpu import ceilings as limits
 from hetero_attn.testing.gpu.__main__ import NO_DEVICE, main, need
 from hetero_attn.testing.gpu.ceilings import Ceilings
@@ -247,6 +249,38 @@ def test_parts_and_time(monkeypatch):
     found, line = checks.collected("triton", subprocess.CompletedProcess([], -9, half, ""))
     assert found["passed"] == 20
     assert line == "triton: 20 passed, 0 objected to, 0 failed in 3.0 s, then the process ended with -9: it said nothing"
+
+
+SMALL = dataclasses.replace(cooperation.REHEARSAL, context=128, new=2)
+
+
+def test_cooperation_is_compared_with_all_on_the_device():
+    """What a GPU will be held to, on the CPU: the same bits, a budget kept, copies and the host's attention that did happen."""
+    outcome = cooperation.compared(CPU, SMALL)
+    assert outcome.status == PASSED and "cpu attends on the cpu device" in outcome.text, outcome.text
+    head, *rows = outcome.table
+    cells = [dict(zip(head, row)) for row in rows]
+    assert [cell["layers on the host"] for cell in cells] == ["0 of 6", "3 of 6", "6 of 6"]
+    assert all(cell["logits apart"] == "0.0e+00" for cell in cells) and cells[0]["fetched"] == "0 B" != cells[1]["fetched"]
+    assert {figure.what.split(":")[0] for figure in outcome.figures} == {"half", "all-host"} and len(outcome.figures) == 6
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("copies", "logits of the prompt differ by"), ("host-attention", "logits of the decoding differ by"),
+    ("budget", "of the device were held, its budget is"), ("nothing", "so nothing was compared"),
+], ids=["copies", "host-attention", "budget", "nothing"])
+def test_a_fault_in_cooperation_fails_the_check(monkeypatch, fault, words):
+    if fault == "copies":
+        monkeypatch.setattr(offload, "_copy_runs", lambda into, source, runs: [each.zero_() for each in into])
+    elif fault == "host-attention":
+        right = offload.HostLayers._attend_on_host
+        monkeypatch.setattr(offload.HostLayers, "_attend_on_host", lambda self, *call: right(self, *call) * 1.01)
+    elif fault == "budget":
+        monkeypatch.setattr(cooperation, "alone", lambda *arguments: 1 << 40)
+    else:
+        monkeypatch.setattr(cooperation, "limits", lambda decoder, tokens: dict.fromkeys(("all-device", "half", "all-host"), (0, None)))
+    outcome = cooperation.compared(CPU, SMALL)
+    assert outcome.status == FAILED and words in outcome.text, outcome.text
 
 
 @pytest.mark.ranks

@@ -1,6 +1,7 @@
 """Layers whose KV lies in host memory: the same logits wherever it lies, within a device memory that is enforced."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from schedule_models import FAMILIES, family_decoder, random_batch, run_batch
 from hetero_attn.communicator import SoloCommunicator
 from hetero_attn.models.placing import make_placing
 from hetero_attn.parallel import offload
-from hetero_attn.parallel.schedule_choice import Given
+from hetero_attn.parallel.schedule_choice import Given, Schedule
+from hetero_attn.parallel.trace import FETCHES, HOST, LANES, STORES, Recorder, chrome_trace
 from hetero_attn.profile import load_profile
 from hetero_attn.registry import use_backend
 
@@ -54,6 +56,36 @@ def test_another_backend_on_the_device_stays_within_its_tolerance():
     assert not alike(found, expected), "both sides ran the same kernel"
     for a, b in zip(found, expected):
         assert (a - b).abs().max() < 2e-5 * b.abs().max()
+
+
+def test_a_trace_has_copies_and_host_attention_in_lanes_of_their_own():
+    """Two chunks of a prompt and a decoded token, plain and cut: what was copied by which layer, and nothing in a lane at once."""
+    decoder = six_layers()
+    decoder.placing = make_placing(decoder, decoder.profile, 3, None)
+    host = decoder.placing.place(decoder, 8, 1).host
+    for schedule in (Schedule(), Given([11], [])):
+        decoder.schedule, decoder.recorder = schedule, Recorder()
+        cache = decoder.new_cache(64, 1)
+        sequence, size = cache.add_sequence(), cache.block_size
+        for tokens in (32, 20, 1):
+            decoder(cache.step([sequence], [tokens], list(range(3, 3 + tokens))), cache)
+        lanes = {lane: [event for event in decoder.recorder.events() if event.lane == lane] for lane in LANES}
+        named = [f"layers.{layer}" for layer in host]
+        held, new = -(-32 // size) * size, (-(-52 // size) - 32 // size) * size            # whole blocks: the past, the second chunk
+        parts = 1 if schedule.name == "whole" else 2
+        assert [(event.name, event.rows) for event in lanes[FETCHES]] == [(name, held) for name in named]
+        assert [event.name for event in lanes[STORES]] == [name for _ in range(2) for name in named for _ in range(parts)]
+        assert parts > 1 or [event.rows for event in lanes[STORES]][3:] == [new] * 3
+        assert [(event.name, event.rows) for event in lanes[HOST]] == [(name, 1) for name in named]
+        assert len(lanes["compute"]) == 6 * 3 if parts == 1 else len(lanes["compute"]) > 6 * 3
+        copies = sorted(lanes[FETCHES] + lanes[STORES], key=lambda event: event.begin)                # one thread, where there is no device
+        assert all(a.end <= b.begin for a, b in pairwise(copies)) and all(event.begin <= event.end for event in copies)
+        shown = chrome_trace([decoder.recorder.events()])["traceEvents"]
+        assert {event["args"]["name"] for event in shown if event["name"] == "thread_name"} == set(LANES)
+    decoder.placing, decoder.recorder = make_placing(decoder, decoder.profile, 0, None), Recorder()
+    decoder.schedule = Schedule()
+    run_batch(decoder, [20], [20])
+    assert not decoder.recorder.events()
 
 
 # ---- the order of copies ------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hetero_attn.parallel.launch import run_ranks
 from hetero_attn.parallel.offload import DeviceAccount
 from hetero_attn.parallel.pinned import pinned_bytes, registered
 from hetero_attn.parallel.placement import DeviceMemoryError, Placement
+from hetero_attn.parallel.trace import FETCHES, HOST, STORES
 from hetero_attn.profile import load_profile
 
 PROMPT_TOKENS = 90
@@ -295,19 +296,24 @@ def run_command(capsys, *words) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_generate_says_where_kv_lay_and_plan_says_the_same(folder, capsys):
+def test_generate_says_where_kv_lay_and_plan_says_the_same(folder, capsys, tmp_path):
     few = ["--profile", "cpu", "--set", "kv_block_size=4", "--set", "prefill_chunk=32"]
     wanted = ["generate", str(folder), "--prompt", "The quick brown fox jumps over the lazy dog. " * 3, "--max-new-tokens", "9", "--json",
               "--temperature", "0", "--ignore-eos", *few]
     code, out, _ = run_command(capsys, *wanted)
     plain = json.loads(out)
     assert code == 0 and plain["placement"] == []
-    code, out, err = run_command(capsys, *wanted, "--placement", "4-host-layers")
+    trace = tmp_path / "trace.json"
+    code, out, err = run_command(capsys, *wanted, "--placement", "4-host-layers", "--trace", str(trace))
     found = json.loads(out)
     assert code == 0 and found["results"][0]["text"] == plain["results"][0]["text"]
     (rank,) = found["placement"]
     assert rank["host_layers"] == [1, 2, 4, 5] and rank["device_layers"] == [0, 3] and rank["stored"] and rank["crossed"]
-    assert "rank 0: KV of layers 0, 3 on device, 1-2, 4-5 on host: " in err
+    assert "rank 0: KV of layers 0, 3 on device, 1-2, 4-5 on host: " in err and err.strip().endswith(f"trace: {trace}")
+    lanes = {event["cat"] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"}
+    assert lanes == {"compute", FETCHES, STORES, HOST}                     # of one rank, which sends nothing
+    code, out, err = run_command(capsys, *wanted, "--device-memory", "1GiB", "--trace", str(trace))
+    assert code == 0 and "nothing is in it: no step was cut, and all KV lay on the device" in err
     # within a budget: as many layers as the plan says
     tokens = plain["results"][0]["prompt_tokens"] + 8
     limit = f"{budget_for(folder, 0) + 5 * 2 * 4 * (tokens // 4 + 1) * 2 * 8 * 4}B"

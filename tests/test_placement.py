@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,29 @@ def test_placements_as_they_are_spelled(text, means):
     assert parse(text) == means
 
 
+@pytest.mark.parametrize("written, means", [("3", 3), ("3-host-layers", 3), ("0", 0), ("'20'", 20), ("all-device", "all-device")])
+def test_a_profile_takes_a_number_as_the_command_line_does(written, means, tmp_path):
+    """In a file, by --set, and from Python, where an integer is stored as the spelling that parse() has."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: cpu\nplacement: {written}\n")
+    for profile in (load_profile(file), load_profile("cpu", sets=[f"placement={written}"])):
+        assert parse(profile.placement) == means
+    if isinstance(means, int):
+        assert replace(load_profile("cpu"), placement=means).placement == f"{means}-host-layers"
+
+
+@pytest.mark.parametrize("written", ["-1", "1.5", "true", "[3]", "3-layers", "null"])
+def test_a_placement_that_is_none_says_what_to_write(written, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: cpu\nplacement: {written}\n")
+    form = r"auto, all-device, or how many layers' KV lie in host memory, as in 20 or 20-host-layers"
+    with pytest.raises(ProfileError, match=rf"mine\.yaml:2: placement is .*expected an integer >= 0 or a string \({form}\)"):
+        load_profile(file)
+
+
 @pytest.mark.parametrize("text", ["host", "-1", "3 layers", "", "1.5", "all-host"])
 def test_what_is_no_placement(text):
-    with pytest.raises(ValueError, match="is no placement, expected auto, all-device, or a number as in 20-host-layers"):
+    with pytest.raises(ValueError, match="is no placement, expected auto, all-device, or how many layers' KV lie in host memory"):
         parse(text)
     with pytest.raises(ProfileError, match="placement"):
         load_profile("cpu", sets=[f"placement={json.dumps(text)}"])

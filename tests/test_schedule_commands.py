@@ -49,7 +49,7 @@ def test_a_trace_shows_both_lanes_of_every_rank(tmp_path):
 
 def test_a_trace_that_cannot_be_is_refused_before_anything_runs(tmp_path):
     done = generate(tmp_path, "--trace", tmp_path / "out.json")
-    assert done.returncode == 2 and "one rank sends nothing" in done.stderr
+    assert done.returncode == 2 and "one rank does neither here: give --tp N" in done.stderr and "--placement N" in done.stderr
     done = generate(tmp_path, "--tp", 2, "--trace", tmp_path / "nowhere" / "out.json")
     assert done.returncode == 2 and "a folder that exists" in done.stderr and not list(tmp_path.glob("**/*.json"))
 

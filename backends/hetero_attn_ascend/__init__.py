@@ -79,6 +79,11 @@ class AscendBackend(Backend):
             remarks.append("lengths are read back to the host, once for tensors that stay as they are: they are needed as lists there")
         return remarks
 
+    def gathered_copies(self, spec: AttentionSpec) -> int:
+        by_kernel = bool(operator_reasons(spec))
+        gathers = spec.page_size and (spec.rows_differ if by_kernel else bool(limits.pages(spec)))
+        return (1 + spec.rows_differ) if gathers else 0                                     # and once more without what is not finite
+
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

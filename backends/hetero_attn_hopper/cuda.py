@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from hetero_attn.communicator import Communicator
-from hetero_attn.cubin import nvrtc_reason
+from hetero_attn.cubin import KernelSource, nvrtc_reason
 from hetero_attn_hopper import driver, plan, symmetric
-from hetero_attn_hopper.kernels import KernelSource, cubins
+from hetero_attn_hopper.kernels import cubins
 from hetero_attn_hopper.layout import Layout
 from hetero_attn_hopper.memory import SymmetricMemory
 

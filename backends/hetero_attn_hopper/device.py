@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from hetero_attn.communicator import Communicator
-from hetero_attn_hopper.kernels import KernelSource
+from hetero_attn.cubin import KernelSource
 from hetero_attn_hopper.layout import Layout
 from hetero_attn_hopper.memory import SymmetricMemory
 

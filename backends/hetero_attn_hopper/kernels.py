@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from hetero_attn.cubin import Cubin
+from hetero_attn.cubin import Cubin, KernelSource
 from hetero_attn_hopper.abi import KINDS
 
 MULTIMEM, UNICAST = "multimem", "unicast"
@@ -17,19 +16,6 @@ FUNCTIONS = {
     "all_reduce_rms_norm": FUSED, "all_reduce": PLAIN, "reduce_scatter": PLAIN, "all_gather": PLAIN, "one_shot": PLAIN,
 }
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """One kernel in source: the file under csrc/, the function in it, and what the preprocessor is told."""
-
-    source: str
-    function: str
-    name: str                          # of the variant
-    defines: tuple[tuple[str, int], ...] = ()
-
-    def cubin(self, arch: str, *, used_here: bool = False) -> Cubin:
-        return Cubin(f"hopper-{self.name}", self.source, self.defines, arch=arch, used_here=used_here)
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hetero_attn.backend import Backend
-from hetero_attn.spec import FLOAT_DTYPES, AttentionSpec, dtype_name
+from hetero_attn.spec import FLOAT_DTYPES, HALF_DTYPES, AttentionSpec, dtype_name
 from hetero_attn_sdpa.dense import dense_attention
 from hetero_attn_sdpa.fused import fused_objections
 from hetero_attn_sdpa.ragged import ragged_attention
@@ -45,6 +45,13 @@ class SdpaBackend(Backend):
         if spec.page_size:
             remarks.append("pages are gathered into contiguous keys and values first")
         return remarks
+
+    def gathered_copies(self, spec: AttentionSpec) -> int:
+        if not spec.page_size:
+            return 0
+        cleaned = spec.rows_differ and spec.device != "cpu"                                 # of NaN, without a look (dense.py)
+        widened = fused_objections(spec) and spec.dtype in HALF_DTYPES                      # to fp32, twice the size
+        return 1 + bool(cleaned) + 2 * bool(widened)
 
     def attention(self, q, k, v, spec, operands):
         route = ragged_attention if spec.varlen else dense_attention

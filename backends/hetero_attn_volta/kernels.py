@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from hetero_attn.cubin import Cubin
-from hetero_attn_volta.launching import KernelSource
+from hetero_attn.cubin import Cubin, KernelSource
 from hetero_attn_volta.tiling import VARIANTS, Variant
 
 COMBINE = KernelSource("volta/combine.cu", "volta_combine", "combine")

@@ -7,28 +7,15 @@ A launcher says on which torch device type it runs and why it cannot here. The c
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from hetero_attn.cubin import Cubin, nvrtc_reason
+from hetero_attn.cubin import KernelSource, nvrtc_reason
+from hetero_attn_volta.kernels import cubins
 
 CUPY = "pip install 'hetero-attn[cuda12]' (cupy-cuda12x)"
 OLDEST_CAPABILITY = (7, 0)
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """One kernel in source: the file under csrc/, the function in it, and what the preprocessor is told."""
-
-    source: str
-    function: str
-    name: str                          # of the variant
-    defines: tuple[tuple[str, int], ...] = ()
-
-    def cubin(self, arch: str, *, used_here: bool = False) -> Cubin:
-        return Cubin(f"volta-{self.name}", self.source, self.defines, arch=arch, used_here=used_here)
 
 
 class Launcher(Protocol):
@@ -71,14 +58,9 @@ class CudaLauncher:
         runtime = cupy.cuda.runtime.runtimeGetVersion()
         if runtime // 1000 != 12:
             reasons.append(f"CuPy is built for CUDA {runtime // 1000}, expected 12 (13 has no sm_70); {CUPY}")
-        if (missing := nvrtc_reason()) and any(kernel.find() is None for kernel in self._everything()):
+        if (missing := nvrtc_reason()) and any(cubin.find() is None for cubin in cubins(self.arch())):
             reasons.append(missing)
         return reasons
-
-    def _everything(self) -> list[Cubin]:
-        from hetero_attn_volta.kernels import cubins
-
-        return cubins(self.arch())
 
     @staticmethod
     def arch(device: torch.device | int | None = None) -> str:

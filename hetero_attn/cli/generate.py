@@ -83,8 +83,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, at the end")
     output.add_argument("--echo", action="store_true", help="print each prompt before what continues it")
     output.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
-    output.add_argument("--trace", metavar="FILE", help="write what ran when on every rank, computing and communicating, as a Chrome trace "
-                                                        "(open it in ui.perfetto.dev)")
+    output.add_argument("--trace", metavar="FILE", help="write what ran when on every rank, computing, communicating and copying KV, as a "
+                                                        "Chrome trace (open it in ui.perfetto.dev)")
     output.add_argument("--progress", action="store_true", help="draw the loading bar even if stderr is not a terminal")
     return parser
 

@@ -26,10 +26,11 @@ def text(shared: Cooperation) -> list[str]:
         alike.setdefault(placement.host, []).append(rank)
     for ranks in alike.values():
         first = shared.placements[ranks[0]]
+        gathered = first.copies and f"; {shown_bytes(first.copies * first.layer_bytes)} are for attention, which gathers pages there"
         lines.append(f"at {shared.context} tokens, rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}: " + (
             f"{len(first.device)} of {first.layers} layers' KV on the device, {len(first.host)} on the host ({first}); "
             f"{shown_bytes(first.buffers * first.layer_bytes)} of the device are buffers"
-            if first.host else f"all {first.layers} layers' KV fit on the device"))
+            if first.host else f"all {first.layers} layers' KV fit on the device") + (gathered or ""))
     for host in shared.hosts:
         if host.bytes:
             has = "memory that nobody stated (hardware.host_memory_gib)" if host.memory is None else shown_bytes(host.memory)

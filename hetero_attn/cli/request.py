@@ -25,7 +25,7 @@ from hetero_attn.models.config import DTYPES, ModelConfig
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import CACHE_TOKENS, MAX_BATCH, generation_config, new_token_limit, prompt_ids
 from hetero_attn.models.load import open_model, own_partition
-from hetero_attn.models.placing import check_placement
+from hetero_attn.models.placing import check_placement, may_offload
 from hetero_attn.models.sampling import SamplingParams
 from hetero_attn.models.shard_folder import rank_folder
 from hetero_attn.models.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
         bar=True if args.progress else None, cache_tokens=None, cache_sequences=1,
-        restart=_restart_file(args, bool(sources) or rank > 0), trust_network=args.trust_network, trace=_trace(args, world_size),
+        restart=_restart_file(args, bool(sources) or rank > 0), trust_network=args.trust_network, trace=_trace(args, world_size, profile),
     )
     ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
     if ids:
@@ -112,12 +112,13 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     return request
 
 
-def _trace(args, world_size: int) -> Path | None:
+def _trace(args, world_size: int, profile: DeviceProfile) -> Path | None:
     if args.trace is None:
         return None
     path = Path(args.trace)
-    if world_size == 1:
-        raise CommandError("--trace shows computing beside communicating, and one rank sends nothing: give --tp N with N above 1")
+    if world_size == 1 and not may_offload(profile):
+        raise CommandError("--trace shows computing beside communicating and copying, and one rank does neither here: give --tp N with N "
+                           "above 1, or let layers' KV lie in host memory (--placement N, --device-memory SIZE)")
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise CommandError(f"--trace is {args.trace}, expected a file in a folder that exists")
     if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):

@@ -88,7 +88,8 @@ def work(request: Request) -> int:
         summarise(request, results, load_s, model, peaks, placements)
         if events is not None:
             write_trace(request.trace, events)
-            print(f"trace: {request.trace}", file=sys.stderr, flush=True)
+            empty = "" if any(events) else " (nothing is in it: no step was cut, and all KV lay on the device)"
+            print(f"trace: {request.trace}{empty}", file=sys.stderr, flush=True)
     except (*REFUSED, OSError) as refused:
         return report(refused)
     finally:

@@ -21,6 +21,7 @@ from hetero_attn.models.config import ModelError
 from hetero_attn.ops import attention_varlen
 from hetero_attn.parallel.offload import DeviceAccount, HostLayers, Traffic
 from hetero_attn.parallel.placement import Placement, attends_on_host, runs_of
+from hetero_attn.parallel.trace import Recorder
 from hetero_attn.profile import DeviceProfile
 
 
@@ -297,9 +298,9 @@ class PagedCache:
             block_size=self.block_size,
         ).to(self.device)
 
-    def running(self, step: Step) -> AbstractContextManager:
-        """Around a forward pass of the whole step, layer after layer: what lies on the host is fetched ahead."""
-        return nullcontext() if self.offloaded is None else self.offloaded.running(step)
+    def running(self, step: Step, recorder: Recorder | None = None) -> AbstractContextManager:
+        """Around a forward pass of the whole step, layer after layer: what lies on the host is fetched ahead. recorder: takes that down."""
+        return nullcontext() if self.offloaded is None else self.offloaded.running(step, recorder)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, **options: Any) -> torch.Tensor:
         """Stores k, v [T, kv_heads, head_dim] of the step's tokens, and attends with q [T, q_heads, head_dim] over their sequences' pages

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from hetero_attn.models.config import ModelConfig, ModelError
+from hetero_attn.models.gathering import copies_planned
 from hetero_attn.models.hosts import Host
 from hetero_attn.parallel.offload import allocated_bytes
 from hetero_attn.parallel.pinned import pinned_bytes, pinned_share
@@ -105,7 +106,8 @@ def placed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.d
     try:
         each = layer_bytes(host, partition, config, dtype, context)
         pinned = each if host.profile.device == "cpu" else 2 * pinned_bytes(each // 2, host.profile.device)
-        return place(config.layers, each, room, asked, host_room(host, together), pinned)
+        return place(config.layers, each, room, asked, host_room(host, together), pinned,
+                     copies_planned(config, partition, dtype, host.profile))
     except ValueError as error:                                          # no placement of this model, whatever the context
         raise ModelError(str(error)) from None
     except DeviceMemoryError as error:
@@ -119,7 +121,8 @@ def most_tokens(
 ) -> int:
     """Tokens of one sequence that a rank's memory holds. together: ranks in its host; None: host memory has no end."""
     host_bytes = None if together is None else host_room(host, together)
-    most = most_layer_bytes(config.layers, room, asked, host_bytes and pinned_share(host_bytes, host.profile.device))
+    most = most_layer_bytes(config.layers, room, asked, host_bytes and pinned_share(host_bytes, host.profile.device),
+                            copies_planned(config, partition, dtype, host.profile))
     block = host.profile.kv_block_size * token_bytes(partition, config, dtype)
     tokens = max(0, most // block - 1) * host.profile.kv_block_size
     while tokens > 0 and layer_bytes(host, partition, config, dtype, tokens) > most:                 # huge pages round up

@@ -30,6 +30,7 @@ from hetero_attn.parallel.schedule import Block, CommunicationLane, SumNorm, run
 from hetero_attn.parallel.schedule_choice import Schedule
 from hetero_attn.parallel.schedule_order import Cut
 from hetero_attn.parallel.sharding import Partition, Shard
+from hetero_attn.parallel.trace import recorded
 from hetero_attn.registry import use_profile
 
 
@@ -184,14 +185,16 @@ class Decoder(nn.Module):
         All ranks call it with the same step (under 'master', workers' tokens may be None, and they get None). Raises
         CommunicatorError when a rank is lost, UnsupportedError when no backend runs the attention, DeviceMemoryError.
         """
-        with self.choosing(), self.out_of_memory(cache.num_blocks * cache.block_size), cache.running(step):
+        with self.choosing(), self.out_of_memory(cache.num_blocks * cache.block_size), cache.running(step, self.recorder):
             rotary = self.rotary(step.positions, self.dtype)
             cut = self.schedule.cut(step.counts, step.lengths)
             if cut is not None:
                 return self.logits(self.run_cut(rotary, step, cache, cut).index_select(0, step.logits_at))
             x = self.scaled(self.embed(step.tokens, step.total_q))
-            for layer in self.layers:
-                x = layer(x, rotary, step, cache)
+            recorder = None if cache.offloaded is None else self.recorder                # what copies run beside; else there is one lane
+            for place, layer in enumerate(self.layers):
+                with recorded(recorder, f"layers.{place}", step.total_q):
+                    x = layer(x, rotary, step, cache)
             return self.logits(self.norm(x.index_select(0, step.logits_at)))
 
     def run_cut(

@@ -17,6 +17,7 @@ import torch
 
 from hetero_attn.models.budget import activation_bytes
 from hetero_attn.models.config import ModelConfig, ModelError
+from hetero_attn.models.gathering import copies_here
 from hetero_attn.parallel.offload import DeviceAccount, Traffic, allocated_bytes
 from hetero_attn.parallel.pinned import pinned_bytes, pinned_share
 from hetero_attn.parallel.placement import (
@@ -43,9 +44,9 @@ REPORTED = ("host_layers", "device_bytes", "host_bytes", "fetched", "stored", "c
 
 @dataclass
 class Placing:
-    """How one rank places its caches. last: the placement of the newest cache. ranks: of every rank, blocks of a cache with all KV on the
-    device and most blocks (-1: no bound), for one sequence; by how much either is less for each further one; and tokens a block. () where
-    no rank has a bound."""
+    """How one rank places its caches. copies: of a layer's KV that attention gathers (gathering.py). last: the placement of the newest
+    cache. ranks: of every rank, blocks of a cache with all KV on the device and most blocks (-1: no bound), for one sequence; by how much
+    either is less for each further one; and tokens a block. () where no rank has a bound."""
 
     asked: str | int = AUTO
     limit: int | None = None
@@ -55,6 +56,7 @@ class Placing:
     ranks: tuple[tuple[int, int, int, int, int], ...] = ()
     last: Placement | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    copies: int = 0
     host_room: int | None = None
 
     def figures(self, decoder, sequences: int) -> Figures:
@@ -80,7 +82,7 @@ class Placing:
         room = None if figures.room is None else figures.room - (self.account.held - weights_held(self.account, figures.weights))
         try:
             found = place(decoder.config.layers, layer_bytes(decoder, num_blocks), room, self.asked, self.host_room,
-                          host_layer_bytes(decoder, num_blocks))
+                          host_layer_bytes(decoder, num_blocks), self.copies)
         except DeviceMemoryError as error:
             raise self.refusal(decoder, f"{error} ({figures})", num_blocks * decoder.kv_block_size) from None
         self.last = found
@@ -141,6 +143,13 @@ def check_placement(profile: DeviceProfile, config: ModelConfig, *, streams: boo
     return asked, limit
 
 
+def may_offload(profile: DeviceProfile) -> bool:
+    """Whether a cache may put layers' KV into host memory by this profile."""
+    asked = parse(profile.placement)
+    bounded = profile.device_memory is not None or profile.device != "cpu"
+    return asked > 0 if isinstance(asked, int) else asked == AUTO and bounded
+
+
 def make_placing(decoder, profile: DeviceProfile, asked: str | int, limit: int | None) -> Placing:
     """The placing of a loaded decoder. All ranks call this together. Raises DeviceMemoryError, on every rank, where one's weights alone are
     too much."""
@@ -157,7 +166,8 @@ def make_placing(decoder, profile: DeviceProfile, asked: str | int, limit: int |
     active, blocks, layers = room is not None or bool(isinstance(asked, int) and asked), [-1, -1, 0, 0], decoder.config.layers
     if active:
         host = None if found.host_room is None else pinned_share(found.host_room, device.type)
-        most = [most_layer_bytes(layers, room, how, host) for how in (ALL_DEVICE, asked)]
+        found.copies = copies_here(decoder)
+        most = [most_layer_bytes(layers, room, how, host, found.copies) for how in (ALL_DEVICE, asked)]
         logits = found.figures(decoder, 2).activations - figures.activations                      # of a sequence more
         blocks = [-1 if each is None else blocks_in(decoder, each) for each in most]
         blocks += [-(-logits // (layer_bytes(decoder, 1) * slots)) for slots in (layers, min(layers, BUFFERS))]

@@ -10,7 +10,7 @@ table serves both, and the kernel sees the same numbers in the same places where
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from hetero_attn.collectives.lane import Mark, lanes
 from hetero_attn.ops import attention_varlen
 from hetero_attn.parallel.pinned import pinned
 from hetero_attn.parallel.placement import DeviceMemoryError, Placement
+from hetero_attn.parallel.trace import FETCHES, STORES, Recorder
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.quantity import shown_bytes
 from hetero_attn.registry import use_backend, use_profile
@@ -91,20 +92,22 @@ class HostLayers:
         self._used: dict[int, Mark] = {}                       # buffer -> the last store out of it
         self._coming: dict[int, Mark] = {}                     # layer -> its fetch in this pass
         self._pass: Any = None                                 # the whole step that runs
+        self._recorder: Recorder | None = None                 # and who takes down its copies
         self._number = 0
 
     # ---- a pass --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def running(self, step: Any) -> Iterator[None]:
-        """A forward pass of the whole step; its parts may come to attend() one by one, layer after layer."""
-        self._pass, self._coming, self._number = step, {}, self._number + 1
+    def running(self, step: Any, recorder: Recorder | None = None) -> Iterator[None]:
+        """A forward pass of the whole step; its parts may come to attend() one by one, layer after layer. recorder: takes down copies and
+        the host's attention."""
+        self._pass, self._coming, self._number, self._recorder = step, {}, self._number + 1, recorder
         try:
             if step.far:
                 self._fetch(0, step)
             yield
         finally:
-            self._pass = None
+            self._pass = self._recorder = None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Any, options: Mapping[str, Any]) -> torch.Tensor:
         """q [T, Hq, D], k, v [T, Hkv, D] of the step's tokens -> what they saw [T, Hq, D]. Stores k and v."""
@@ -134,7 +137,8 @@ class HostLayers:
         self.traffic.crossed += sum(x.numel() * x.element_size() for x in (q, q, k, v))
         host = step.on_host
         _write(self.k[layer], self.v[layer], k, v, host.slots)
-        with self._choosing():
+        told = nullcontext() if self._recorder is None else self._recorder.on_host(f"layers.{layer}", q.shape[0])
+        with told, self._choosing():
             seen = _attend(q, self.k[layer], self.v[layer], host, options)
         return seen.to(self.device, non_blocking=True)
 
@@ -154,7 +158,7 @@ class HostLayers:
         self._coming[layer].wait()
         into, pages, runs = self._buffers[number], (self.k[layer], self.v[layer]), step.touched
         _write(*into, k, v, step.slots)
-        mark = self._used[number] = self._down.start(lambda: _copy_runs(pages, into, runs))
+        mark = self._used[number] = self._down.start(self._copies(STORES, layer, pages, into, runs))
         self._stored[layer] = mark, self._number
         self.traffic.stored += _bytes_of(into[0], runs)
         return _attend(q, *into, step, options)
@@ -166,8 +170,19 @@ class HostLayers:
         after = [self._stored[layer][0]] if layer in self._stored else []
         if number in self._used:
             after.append(self._used[number])
-        self._coming[layer] = self._up.start(lambda: _copy_runs(into, pages, runs), after)
+        self._coming[layer] = self._up.start(self._copies(FETCHES, layer, into, pages, runs), after)
         self.traffic.fetched += _bytes_of(into[0], runs)
+
+    def _copies(self, lane: str, layer: int, into: Sequence[torch.Tensor], source: Sequence[torch.Tensor], runs: Sequence[range]
+                ) -> Callable[[], None]:
+        """The copying of a layer's blocks, for a lane to do."""
+
+        def work() -> None:
+            _copy_runs(into, source, runs)
+
+        if self._recorder is None or not runs:
+            return work
+        return self._recorder.copying(lane, f"layers.{layer}", sum(map(len, runs)) * into[0].shape[1], work)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         for lane in (self._up, self._down):

@@ -2,11 +2,12 @@
 
 With b bytes of K and V a layer, of this rank's heads (2 · tokens · Hkv · D · itemsize), and n layers whose KV lies in host memory,
 
-    (L − n) · b  +  min(n, BUFFERS) · b  <=  room = memory − weights − activations − reserve
+    (L − n) · b  +  min(n, BUFFERS) · b  +  c · b  <=  room = memory − weights − activations − reserve
 
-The paper's formula has no buffers. A prompt longer than one chunk needs them: the device attends over what earlier chunks left on the
-host, one layer at a time, while the next layer's is on its way. Host layers are spread over the pass, so that a copy has the products of
-the layers between two of them to hide behind.
+where c is how often the device's attention gathers a layer's pages (models/gathering.py): 0 for kernels that read them where they lie.
+The paper's formula has neither c nor buffers. A prompt longer than one chunk needs the buffers: the device attends over what earlier chunks
+left on the host, one layer at a time, while the next layer's is on its way. Host layers are spread over the pass, so that a copy has the
+products of the layers between two of them to hide behind.
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class Placement:
-    """The layers of one rank whose KV lies in host memory, in order; all others' lies on the device. layer_bytes: b of the whole cache."""
+    """The layers of one rank whose KV lies in host memory, in order; all others' lies on the device. layer_bytes: b of the whole cache;
+    copies: of one layer's KV that attention gathers on the device, c."""
 
     layers: int
     host: tuple[int, ...] = ()
     layer_bytes: int = 0
+    copies: int = 0
 
     @property
     def device(self) -> tuple[int, ...]:
@@ -70,7 +73,8 @@ class Placement:
 
     @property
     def device_bytes(self) -> int:
-        return (self.layers - len(self.host) + self.buffers) * self.layer_bytes
+        """KV, buffers, and what attention gathers."""
+        return (self.layers - len(self.host) + self.buffers + self.copies) * self.layer_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -96,18 +100,19 @@ def parse(text: str) -> str | int:
 
 def place(
     layers: int, layer_bytes: int, room: int | None, asked: str | int = AUTO, host_room: int | None = None,
-    host_layer_bytes: int | None = None,
+    host_layer_bytes: int | None = None, copies: int = 0,
 ) -> Placement:
     """The placement of a cache whose K and V take layer_bytes a layer, and host_layer_bytes in host memory (None: as much).
 
-    room: bytes of the device for KV (None: no limit is known, and auto keeps all on the device); host_room: bytes of host memory (None: no
-    limit). Raises DeviceMemoryError where it does not fit, ValueError for more host layers than there are.
+    copies: of a layer's KV that attention gathers. room: bytes of the device for KV (None: no limit is known, and auto keeps all on the
+    device); host_room: bytes of host memory (None: no limit). Raises DeviceMemoryError where it does not fit, ValueError for more host
+    layers than there are.
     """
     if isinstance(asked, int) and asked > layers:
         raise ValueError(f"placement asks for {asked} layers on the host, the model has {layers}")
     counts = range(layers + 1) if asked == AUTO else [0 if asked == ALL_DEVICE else asked]
     for count in counts:
-        found = Placement(layers, spread(layers, count), layer_bytes)
+        found = Placement(layers, spread(layers, count), layer_bytes, copies)
         if room is None or found.device_bytes <= room:
             taken = count * (host_layer_bytes or layer_bytes)
             if host_room is not None and taken > host_room:
@@ -115,19 +120,22 @@ def place(
                                         f"{shown_bytes(max(host_room, 0))} for this rank; ask for a shorter context")
             return found
     # auto has run through all counts; a layer less on the device is least where none is left there
-    least = min((Placement(layers, spread(layers, count), layer_bytes).device_bytes for count in counts), default=0)
-    raise DeviceMemoryError(f"the KV cache needs at least {shown_bytes(least)} of the device"
+    least = min((Placement(layers, spread(layers, count), layer_bytes, copies).device_bytes for count in counts), default=0)
+    gathered = f" ({copies} times a layer's KV gathered by attention among them)" if copies else ""
+    raise DeviceMemoryError(f"the KV cache needs at least {shown_bytes(least)} of the device{gathered}"
                             + (f" with placement {shown(asked)}" if asked != AUTO else ", with all layers' KV on the host")
                             + f", {shown_bytes(max(room, 0))} are left")
 
 
-def most_layer_bytes(layers: int, room: int | None, asked: str | int = AUTO, host_room: int | None = None) -> int | None:
+def most_layer_bytes(
+    layers: int, room: int | None, asked: str | int = AUTO, host_room: int | None = None, copies: int = 0
+) -> int | None:
     """The largest layer_bytes that place() takes; None: any."""
     if room is None:
         return None if host_room is None or not isinstance(asked, int) or not asked else host_room // asked
     best = 0
     for count in range(layers + 1) if asked == AUTO else [0 if asked == ALL_DEVICE else asked]:
-        unit = Placement(layers, spread(layers, count), 1)
+        unit = Placement(layers, spread(layers, count), 1, copies)
         bound = max(room, 0) // unit.device_bytes
         if unit.host_bytes and host_room is not None:
             bound = min(bound, max(host_room, 0) // unit.host_bytes)

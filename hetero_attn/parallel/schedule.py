@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from hetero_attn.communicator import Communicator
-from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, Cut, Task, order
-from hetero_attn.parallel.trace import Recorder
+from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, Cut, order
+from hetero_attn.parallel.trace import Recorder, recorded
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def run_blocks(
                 for tile in cut.tiles[task.part]:
                     residual[tile] = rows[tile.start - part.start : tile.stop - part.start][communicator.rows(len(tile))].clone()
                 rows = first_norm(rows)
-            with _recorded(recorder, task, block.site, len(part)):
+            with recorded(recorder, f"{task.kind} {block.site}", len(part), task.part):
                 y = block.inner(rows, contexts[task.part])                                   # [t, K]
         elif task.kind == PRODUCT:
-            with _recorded(recorder, task, block.site, len(tile)):
+            with recorded(recorder, f"{task.kind} {block.site}", len(tile), task.part):
                 summand = block.product(y[tile.start - part.start : tile.stop - part.start])     # [n, C]
         else:
             norm = block.norm
@@ -110,19 +110,6 @@ class CommunicationLane:
 
 def _first(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
-
-
-class _Unrecorded:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-
-_UNRECORDED = _Unrecorded()
-
-
-def _recorded(recorder: Recorder | None, task: Task, site: str, rows: int):
-    return _UNRECORDED if recorder is None else recorder.compute(f"{task.kind} {site}", rows, task.part)
 
 
 def _joined(rows: list[torch.Tensor]) -> torch.Tensor:

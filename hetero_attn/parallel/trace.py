@@ -1,7 +1,8 @@
 """What ran when: a recorder that a schedule tells of its tasks, and the Chrome trace of all ranks that is made of it.
 
-The file opens in chrome://tracing or ui.perfetto.dev: one process a rank, a compute lane and a communication lane in each, and one colour a
-kind of task. Times are each host's monotonic clock, counted from a moment that the ranks meet at; on one host that is one clock.
+The file opens in chrome://tracing or ui.perfetto.dev: one process a rank, a compute lane and a communication lane in each, and where
+layers' KV lies in host memory (offload.py) one lane for each direction of its copies and one for the host's attention. Times are each
+host's monotonic clock, counted from a moment that the ranks meet at; on one host that is one clock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,15 @@ import torch
 from hetero_attn.communicator import Communicator
 from hetero_attn.parallel.schedule_order import COMMUNICATION, COMPUTE
 
-LANES = (COMPUTE, COMMUNICATION)
+FETCHES, STORES, HOST = "copies to the device", "copies to the host", "attention on the host"
+LANES = (COMPUTE, COMMUNICATION, FETCHES, STORES, HOST)
+ALWAYS = (COMPUTE, COMMUNICATION)                    # shown even where nothing ran in them
 SITE = "trace"
 
 
 class Event(NamedTuple):
-    """A task that ran. begin, end: seconds since the recorder began; rows: tokens; part: of the step's cut."""
+    """A task that ran. begin, end: seconds since the recorder began; rows: tokens (of a copy: those that the copied blocks hold); part: of
+    the step's cut."""
 
     lane: str
     name: str
@@ -76,6 +80,28 @@ class Recorder:
         yield
         self._keep(COMPUTE, name, began, rows, part)
 
+    @contextmanager
+    def on_host(self, name: str, rows: int):
+        """The block is the host's processor attending, by the host's clock."""
+        began = time.perf_counter()
+        yield
+        self._keep(HOST, name, began, rows, 0)
+
+    def copying(self, lane: str, name: str, rows: int, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as a lane for copies is to run it (FETCHES or STORES): taken down when it does, on that lane's own thread or stream."""
+
+        def timed() -> None:
+            if self.device.type != "cpu":
+                first = self._mark()
+                work()
+                self._pending.append((lane, name, first, self._mark(), rows, 0))
+                return
+            began = time.perf_counter()
+            work()
+            self._keep(lane, name, began, rows, 0)
+
+        return timed
+
     def start(
         self, communicator: Communicator, name: str, rows: int, part: int, operation: str, arguments: Sequence[Any], options: dict[str, Any]
     ) -> Callable[[], Any]:
@@ -122,6 +148,14 @@ class Recorder:
         return mark
 
 
+def recorded(recorder: Recorder | None, name: str, rows: int, part: int = 0) -> AbstractContextManager:
+    """recorder.compute(), where there is a recorder."""
+    return _UNRECORDED if recorder is None else recorder.compute(name, rows, part)
+
+
+_UNRECORDED = nullcontext()
+
+
 def meet(recorder: Recorder, communicator: Communicator) -> None:
     """All ranks begin to count here."""
     communicator.barrier(site=SITE)
@@ -139,14 +173,16 @@ def gather_events(recorder: Recorder, communicator: Communicator) -> list[list[E
 def chrome_trace(ranks: Sequence[Sequence[Event]]) -> dict[str, Any]:
     """The trace as an object of Chrome's format: complete events ("X"), microseconds."""
     found: list[dict[str, Any]] = []
+    used = {event.lane for events in ranks for event in events}
+    lanes = [lane for lane in LANES if lane in ALWAYS or lane in used]
     for rank, events in enumerate(ranks):
         found.append({"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
-        for place, lane in enumerate(LANES):
+        for place, lane in enumerate(lanes):
             found.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": place, "args": {"name": lane}})
             found.append({"ph": "M", "name": "thread_sort_index", "pid": rank, "tid": place, "args": {"sort_index": place}})
         for event in events:
             found.append({
-                "ph": "X", "cat": event.lane, "name": event.name, "pid": rank, "tid": LANES.index(event.lane),
+                "ph": "X", "cat": event.lane, "name": event.name, "pid": rank, "tid": lanes.index(event.lane),
                 "ts": round(event.begin * 1e6, 1), "dur": round((event.end - event.begin) * 1e6, 1),
                 "args": {"rows": event.rows, "part": event.part},
             })

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from hetero_attn import registry
 from hetero_attn.backend import UnsupportedError
 from hetero_attn.ops import attention
-from hetero_attn.testing.gpu.ceilings import Ceilings, attention_flop, decode_bytes
+from hetero_attn.spec import dtype_name
+from hetero_attn.testing.gpu.ceilings import Ceilings, attention_flop, decode_bytes, narrow_dtype
 from hetero_attn.testing.gpu.clock import medians
 from hetero_attn.testing.gpu.outcome import Figure, Outcome, judged
 
@@ -27,7 +28,7 @@ SDPA, FLEX, CHOSEN = "torch SDPA", "FlexAttention", "chosen"
 
 @dataclass(frozen=True)
 class Shape:
-    """One call, bf16. Lengths are tokens."""
+    """One call, in narrow_dtype(). Lengths are tokens."""
 
     name: str
     batch: int
@@ -69,7 +70,8 @@ def ours(device: torch.device, names: list[str] | None = None) -> list[str]:
 def contenders(shape: Shape, device: torch.device, flex: bool) -> dict[str, Callable[[], object]]:
     """What is put to the clock for a shape: our backends that take the call, the automatic choice, SDPA and FlexAttention."""
     heads = ((shape.q_heads, shape.q_len), (shape.kv_heads, shape.kv_len), (shape.kv_heads, shape.kv_len))
-    q, k, v = (torch.randn(shape.batch, count, length, shape.head_dim, dtype=torch.bfloat16, device=device) for count, length in heads)
+    dtype = narrow_dtype(device)
+    q, k, v = (torch.randn(shape.batch, count, length, shape.head_dim, dtype=dtype, device=device) for count, length in heads)
     mask = None
     if shape.masked:
         mask = torch.rand(1, 1, shape.q_len, shape.kv_len, device=device) < 0.9
@@ -136,7 +138,7 @@ def _prefill(device: torch.device, ceilings: Ceilings, shapes: tuple[Shape, ...]
                 table.append((shape.name, name, f"{1e3 * seconds:.3f}", f"{rate:.1f}", f"{100 * ceilings.of_rate(rate):.0f} %"))
         held, lacking = ratios(shape.name, found, bars(shape, device))
         figures, missing = figures + held, missing + lacking
-    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}", figures, table, missing)
+    return judged(f"{len(shapes)} shapes, {dtype_name(narrow_dtype(device))}, medians of {rounds}", figures, table, missing)
 
 
 def decode(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
@@ -162,7 +164,8 @@ def decode(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
                 missing.append(f"{shape.name}, {name}: bar not measured: {found.get(name, 'it does not take the call')}")
         held, lacking = ratios(shape.name, found, [bar for bar in bars(shape, device) if bar[1] == SDPA])
         figures, missing = figures + held, missing + lacking
-    return judged(f"{len(shapes)} shapes, bf16, medians of {rounds}, of the device alone", figures, table, missing)
+    text = f"{len(shapes)} shapes, {dtype_name(narrow_dtype(device))}, medians of {rounds}, of the device alone"
+    return judged(text, figures, table, missing)
 
 
 def needs_triton(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""What the device can do at most, measured in the same run: the rate of its bf16 products and the bandwidth of a copy.
+"""What the device can do at most, measured in the same run: the rate of its 16-bit products and the bandwidth of a copy.
 
 Shares are taken of these and not of a data sheet, because clocks, boards and neighbours differ.
 """
@@ -14,7 +14,7 @@ from hetero_attn.testing.gpu.clock import medians
 
 @dataclass(frozen=True)
 class Ceilings:
-    """tflops: of a large bf16 product (1e12 FLOP/s). gbps: bytes read plus bytes written by a copy (1e9 B/s)."""
+    """tflops: of a large product in narrow_dtype() (1e12 FLOP/s). gbps: bytes read plus bytes written by a copy (1e9 B/s)."""
 
     tflops: float
     gbps: float
@@ -29,9 +29,9 @@ class Ceilings:
 
 
 def measured(device: torch.device, quick: bool = False) -> Ceilings:
-    """Products of n x n in bf16, and copies far larger than any cache. Raises RuntimeError where one does not run."""
+    """Products of n x n in narrow_dtype(), and copies far larger than any cache. Raises RuntimeError where one does not run."""
     n, size = (8192, 1 << 30) if device.type == "cuda" else (512, 1 << 25)
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    a, b = (torch.randn(n, n, dtype=narrow_dtype(device), device=device) for _ in range(2))
     out = torch.empty_like(a)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     found = medians({"product": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}, device, 5 if quick else 20)
@@ -39,6 +39,12 @@ def measured(device: torch.device, quick: bool = False) -> Ceilings:
         if isinstance(seconds, str):
             raise RuntimeError(f"the {name} that gives the ceiling does not run: {seconds}")
     return Ceilings(product_tflops(n, found["product"]), copy_gbps(size, found["copy"]))
+
+
+def narrow_dtype(device: torch.device) -> torch.dtype:
+    """What is measured in: bf16, or fp16 on CUDA devices before Ampere, whose tensor cores have no bf16."""
+    old = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if old else torch.bfloat16
 
 
 def product_tflops(n: int, seconds: float) -> float:

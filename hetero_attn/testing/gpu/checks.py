@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from hetero_attn import registry
+from hetero_attn.spec import dtype_name
 from hetero_attn.testing.attention_cases import plain_cases
-from hetero_attn.testing.gpu import attention_bench, ceilings, graphs, groups, norm_bench
+from hetero_attn.testing.gpu import attention_bench, ceilings, cooperation, graphs, groups, norm_bench
 from hetero_attn.testing.gpu.outcome import FAILED, PASSED, Figure, Outcome, judged, skipped
 
 LIMIT_S = 540                          # of one child: a part of a backend's suite
@@ -178,9 +179,9 @@ def sanitizer(run: Run) -> Outcome:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return skipped("compute-sanitizer is not on PATH (it comes with the CUDA toolkit)")
-    names = [name for name in ("triton", "hopper") if name in registry.names() and not registry.unavailable(registry.get(name))]
+    names = [name for name in ("triton", "hopper", "volta") if name in registry.names() and not registry.unavailable(registry.get(name))]
     if not names:
-        return skipped("neither triton nor hopper is available here")
+        return skipped("none of triton, hopper and volta is available here")
     lines, failed = [], False
     for name in names:
         done = child("hetero_attn.testing.gpu.conform", ["--backend", name, "--device", run.device.type, "--few"], run.left_s(),
@@ -195,7 +196,8 @@ def sanitizer(run: Run) -> Outcome:
 def limits(run: Run) -> Outcome:
     """The ceilings that shares are of."""
     found = run.ceilings()
-    figures = [Figure("bf16 product", found.tflops, "TFLOP/s"), Figure("copy, read and written", found.gbps, "GB/s")]
+    dtype = dtype_name(ceilings.narrow_dtype(run.device))
+    figures = [Figure(f"{dtype} product", found.tflops, "TFLOP/s"), Figure("copy, read and written", found.gbps, "GB/s")]
     return judged("measured in this run", figures, [])
 
 
@@ -208,7 +210,9 @@ CHECKS = (
     Check("sanitizer", "compute-sanitizer over small cases, where it is installed", sanitizer),
     Check("fused", "the fused all-reduce and norm, alone and as a pair on one GPU, beside add and norm",
           lambda run: groups.fused(run.device, quick=run.quick)),
-    Check("ceilings", "rate of bf16 products, bandwidth of a copy", limits),
+    Check("cooperation", "KV on the device against KV in host memory: logits, memory, times",
+          lambda run: cooperation.cooperation(run.device, run.quick)),
+    Check("ceilings", "rate of 16-bit products, bandwidth of a copy", limits),
     Check("prefill", "prefill against torch SDPA and compiled FlexAttention",
           lambda run: attention_bench.prefill(run.device, run.ceilings(), run.quick)),
     Check("decode", "a decode step against the copy's bandwidth",

@@ -13,7 +13,8 @@ import torch
 from hetero_attn import registry
 from hetero_attn.communicator import SoloCommunicator
 from hetero_attn.norm import rms_norm
-from hetero_attn.testing.gpu.ceilings import Ceilings, norm_bytes
+from hetero_attn.spec import dtype_name
+from hetero_attn.testing.gpu.ceilings import Ceilings, narrow_dtype, norm_bytes
 from hetero_attn.testing.gpu.clock import medians
 from hetero_attn.testing.gpu.outcome import Figure, Outcome, judged
 
@@ -22,10 +23,10 @@ TORCH = "add, rms_norm"
 
 
 def contenders(tokens: int, hidden: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Each adds x to a residual of its own and gives the norm, bf16."""
-    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=device)
-    weight = torch.randn(hidden, dtype=torch.bfloat16, device=device)
-    fresh = lambda: torch.randn(tokens, hidden, dtype=torch.bfloat16, device=device)
+    """Each adds x to a residual of its own and gives the norm, in narrow_dtype()."""
+    x = torch.randn(tokens, hidden, dtype=narrow_dtype(device), device=device)
+    weight = torch.randn(hidden, dtype=narrow_dtype(device), device=device)
+    fresh = lambda: torch.randn(tokens, hidden, dtype=narrow_dtype(device), device=device)
 
     def in_two_steps(residual: torch.Tensor) -> torch.Tensor:
         residual += x
@@ -61,4 +62,4 @@ def norm(device: torch.device, ceilings: Ceilings, quick: bool) -> Outcome:
             table.append((str(count), name, f"{1e6 * seconds:.1f}", f"{rate:.0f}", f"{100 * ceilings.of_bandwidth(rate):.0f} %"))
             if name in registry.names() and count >= LEAST_TOKENS:
                 figures.append(Figure(f"{count} tokens, {name}, of the copy's bandwidth", ceilings.of_bandwidth(rate), "", BAR))
-    return judged(f"hidden {hidden}, bf16, medians of {rounds}", figures, table)
+    return judged(f"hidden {hidden}, {dtype_name(narrow_dtype(device))}, medians of {rounds}", figures, table)
