@@ -49,7 +49,7 @@ class CompilingLauncher:
         self._target, self._hardware = TARGETS[target]
         self._tiles, self.compiled = tiles, []
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index=None) -> list[str]:
         return []
 
     def hardware(self, device) -> Device:
