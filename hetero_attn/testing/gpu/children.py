@@ -1,7 +1,7 @@
 """Children of a run: started in process groups of their own, ended with all that they started, and what they had said is kept.
 
-A child begins in main(): python -m hetero_attn.testing.gpu.children PARENT MODULE ARGUMENTS..., which runs a module once it is sure to end
-when its parent does, however that ends. Ranks that the module starts end with it in turn.
+A child begins in main(): python -m hetero_attn.testing.gpu.children PARENT MODULE ARGUMENTS... (or PARENT -- COMMAND...), which goes on to
+the module or command once it is sure to end when its parent does, however that ends. Ranks that it starts end with it in turn.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ ROOT = Path(__file__).parents[3]
 
 def child(module: str, arguments: list[str], limit_s: float, before: tuple[str, ...] = (),
           environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """python -m module in a process group of its own, with this checkout in its path; see ended()."""
+    """python -m module in a process group of its own, with this checkout in its path; see ended(). before: a tool that runs it."""
     return ended([started(module, arguments, before, environment)], limit_s)[0]
 
 
 def started(module: str, arguments: list[str], before: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> subprocess.Popen:
     paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
     known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
-    command = [*before, sys.executable, "-m", "hetero_attn.testing.gpu.children", str(os.getpid()), module, *arguments]
+    # A tool stands between: Python's parent is then the tool, and it is the tool that ends with this process.
+    after = ["--", *before, sys.executable, "-m", module] if before else [module]
+    command = [sys.executable, "-m", "hetero_attn.testing.gpu.children", str(os.getpid()), *after, *arguments]
     out, errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")       # files: a full pipe would stop a child nobody reads
     process = subprocess.Popen(command, env=known, stdout=out, stderr=errors, text=True, start_new_session=True)
     process.told = (out, errors)
@@ -76,6 +78,8 @@ def main(argv: list[str]) -> None:
     """In the child."""
     parent, module, *arguments = argv
     die_with(int(parent))
+    if module == "--":
+        os.execvp(arguments[0], arguments)           # what ends it with its parent outlives the exec
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
