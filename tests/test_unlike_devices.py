@@ -14,10 +14,11 @@ from hetero_attn_hopper.operators import TorchOperators
 from hetero_attn_triton import TritonBackend, _kind
 from hetero_attn_triton.launching import DoesNotCompile, GpuLauncher
 from hetero_attn_triton.tiling import Device
+from hetero_attn_volta.launching import CudaLauncher
 
 from hetero_attn import registry
 from hetero_attn.arguments import dense_spec
-from hetero_attn.backend import UnsupportedError
+from hetero_attn.backend import AbsentBackend, UnsupportedError
 from hetero_attn.spec import AttentionSpec
 
 BOARDS = (("NVIDIA A100-SXM4-80GB", (8, 0)), ("Tesla V100-SXM2-32GB", (7, 0)))
@@ -84,12 +85,19 @@ def test_the_choice_goes_by_the_tensors_device(boards, monkeypatch):
     """By profiles, too: each board has its own, and sdpa takes what Volta's board is left."""
     hopper, triton = boards
     monkeypatch.setattr(registry, "_instances", {"hopper": hopper, "triton": triton})
-    monkeypatch.setattr(registry.find("volta"), "unavailable_reasons", lambda: ["not under test"])
+    registry._instances["volta"] = AbsentBackend("volta", "not under test")
     assert registry.current_profile("cuda", 0).name == "a100" and registry.current_profile("cuda", 1).name == "v100"
     assert registry.select(replace(SPEC, device_index=0)).name == "hopper" and registry.select(replace(SPEC, device_index=1)).name == "sdpa"
     with pytest.raises(UnsupportedError, match=r"cuda:1\n.*compute capability 7.0"):
         registry.select(replace(SPEC, device_index=1), "triton")
     registry.select(replace(SPEC, device_index=0), "triton")
+
+
+def test_volta_asks_whether_torch_is_built_for_the_tensors_device(boards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    launcher = CudaLauncher()
+    said = ["; ".join(launcher.unavailable_reasons(index)) for index in (0, 1)]
+    assert ["torch is built for CUDA 13.0 without sm_70" in each for each in said] == [False, True]
 
 
 def test_the_communicator_asks_of_its_ranks_device(boards):

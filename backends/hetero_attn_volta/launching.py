@@ -37,7 +37,8 @@ class Launcher(Protocol):
     device: str
     probes: bool
 
-    def unavailable_reasons(self) -> list[str]: ...
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
+        """Of a device of this type by its number, None = the current one."""
 
     def launch(
         self, kernel: KernelSource, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, call: bytes, device: torch.device
@@ -55,7 +56,7 @@ class CudaLauncher:
         self._functions: dict[tuple, Any] = {}
         self._lock = threading.Lock()
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
         """Driver, torch build, architecture, CuPy, and a cubin or NVRTC. Imports CuPy only where torch sees a device."""
         if torch.version.hip:
             return ["torch is a ROCm build, these kernels are CUDA's; use backend 'sdpa'"]
@@ -63,7 +64,7 @@ class CudaLauncher:
             return [f"torch {torch.__version__} has no CUDA; a V100 needs a build for CUDA 12.6: install torch's cu126 wheel"]
         if not torch.cuda.is_available():
             return ["torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"]
-        reasons = [*torch_build_reasons(torch.version.cuda, torch.cuda.get_arch_list(), torch.cuda.get_device_capability())]
+        reasons = [*torch_build_reasons(torch.version.cuda, torch.cuda.get_arch_list(), torch.cuda.get_device_capability(index))]
         try:
             import cupy
         except Exception as error:
@@ -71,14 +72,14 @@ class CudaLauncher:
         runtime = cupy.cuda.runtime.runtimeGetVersion()
         if runtime // 1000 != 12:
             reasons.append(f"CuPy is built for CUDA {runtime // 1000}, expected 12 (13 has no sm_70); {CUPY}")
-        if (missing := nvrtc_reason()) and any(kernel.find() is None for kernel in self._everything()):
+        if (missing := nvrtc_reason()) and any(kernel.find() is None for kernel in self._everything(index)):
             reasons.append(missing)
         return reasons
 
-    def _everything(self) -> list[Cubin]:
+    def _everything(self, index: int | None) -> list[Cubin]:
         from hetero_attn_volta.kernels import cubins
 
-        return cubins(self.arch())
+        return cubins(self.arch(index))
 
     @staticmethod
     def arch(device: torch.device | int | None = None) -> str:
