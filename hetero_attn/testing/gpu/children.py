@@ -18,6 +18,7 @@ from pathlib import Path
 from hetero_attn.parallel.launch import die_with
 
 ROOT = Path(__file__).parents[3]
+GRACE_S = 5.0
 
 
 def child(module: str, arguments: list[str], limit_s: float, before: tuple[str, ...] = (),
@@ -39,14 +40,15 @@ def started(module: str, arguments: list[str], before: tuple[str, ...] = (), env
 
 
 def ended(processes: list[subprocess.Popen], limit_s: float) -> list[subprocess.CompletedProcess]:
-    """What children said once all have ended. After limit_s seconds their groups are killed, with all that they started; the return code
+    """What children said once all have ended. After limit_s seconds their groups are ended, with all that they started; the return code
     of such a child is -9, and what it had said is kept."""
-    deadline, done = time.monotonic() + limit_s, []
+    deadline, done, late = time.monotonic() + limit_s, [], set()
     try:
         for process in processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
+                late.add(process)
                 _kill(process)
     finally:
         for process in processes:
@@ -57,14 +59,22 @@ def ended(processes: list[subprocess.Popen], limit_s: float) -> list[subprocess.
             file.seek(0)
             texts.append(file.read())
             file.close()
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, *texts))
+        done.append(subprocess.CompletedProcess(process.args, -signal.SIGKILL if process in late else process.returncode, *texts))
     return done
 
 
 def _kill(process: subprocess.Popen) -> None:
+    """Asked first and killed after GRACE_S: what tidies up behind the ranks' semaphores lives in the group, too, and is let finish."""
     try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+    except ProcessLookupError:                       # the group is empty
         pass
     process.wait()
 
