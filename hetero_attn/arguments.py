@@ -44,7 +44,7 @@ def dense_spec(q, k, v, attn_mask, is_causal, scale, window_size, softcap, alibi
         is_causal=_flag("is_causal", is_causal), scale=_scale(scale, D), window_size=window_size, softcap=_softcap(softcap),
         alibi=_check_slopes(alibi_slopes, B, Hq, q.device), mask=None if attn_mask is None else attn_mask.dtype,
         sinks=_check_sinks(sinks, Hq, q.device), return_lse=_flag("return_lse", return_lse), layout=layout, needs_grad=needs_grad,
-        total_q=B * Sq,
+        total_q=B * Sq, device_index=q.device.index,
     )
 
 
@@ -98,7 +98,7 @@ def varlen_spec(
         v_head_dim=v.shape[-1], is_causal=_flag("is_causal", is_causal), scale=_scale(scale, D), window_size=checked_window(window_size),
         softcap=_softcap(softcap), alibi=_check_slopes(alibi_slopes, B, Hq, q.device), sinks=_check_sinks(sinks, Hq, q.device),
         return_lse=_flag("return_lse", return_lse), needs_grad=needs_grad, varlen=True, total_q=q.shape[0],
-        page_size=k.shape[1] if paged else 0,
+        page_size=k.shape[1] if paged else 0, device_index=q.device.index,
     )
 
 

@@ -50,6 +50,12 @@ class Backend:
         """
         return []
 
+    def unavailable_on(self, index: int) -> list[str]:
+        """(optional) The same of one device of the type that spec.device names, by its number: to override where a machine may have unlike
+        ones, since unavailable_reasons() looks at the device that is current. This default is unavailable_reasons().
+        """
+        return self.unavailable_reasons()
+
     def communicator_unavailable_reasons(self) -> list[str]:
         """(optional) Why communicator() cannot be asked on this machine; [] = it can. To override where it needs other things than
         attention does; this default is unavailable_reasons().
@@ -132,6 +138,12 @@ class Backend:
     def communicator(self, base: Communicator, profile: DeviceProfile) -> Communicator | list[str]:
         """(optional) A communicator that wraps `base`, the torch.distributed one; or the reasons why there is none."""
         return [f"backend {self.name!r} has no communicator of its own"]
+
+    def communicator_bytes(self, profile: DeviceProfile, world_size: int) -> int:
+        """(optional) Device memory that each rank's communicator() keeps to itself as long as it lives, in bytes, by rank 0's profile; 0
+        where there is none to be had. Asked where the device may be absent: `hetero-attn plan` counts it.
+        """
+        return 0
 
 
 withdrawals = 0                        # moves when a backend stops taking what it took; the registry's choices are void by then

@@ -114,7 +114,7 @@ def explain(
 
 def explain_spec(spec: AttentionSpec, profile: DeviceProfile | None = None, backend: str | None = None) -> Explanation:
     """explain() for a spec, which may be of a device that is not here. Raises UnknownBackendError."""
-    profile = profile or registry.current_profile(spec.device)
+    profile = profile or registry.current_profile(spec.device, spec.device_index)
     asked = registry.chosen_name(backend)
     chosen, refusal = None, None
     try:
@@ -137,7 +137,7 @@ def explain_spec(spec: AttentionSpec, profile: DeviceProfile | None = None, back
 def _judge(name: str, spec: AttentionSpec, profile: DeviceProfile) -> Judgment:
     backend = registry.find(name)
     listed = name in profile.backends
-    unavailable = tuple(registry.unavailable(backend))
+    unavailable = tuple(registry.unavailable(backend, spec.device_index))
     if name not in registry.names():
         return Judgment(name, listed, (), unavailable, (), absent=True)
     unsupported = list(backend.unsupported_reasons(spec))

@@ -152,12 +152,14 @@ def use_profile(profile: DeviceProfile | str | os.PathLike | None) -> Iterator[D
         _forced_profile.reset(token)
 
 
-def current_profile(device: str) -> DeviceProfile:
-    """The profile that chooses for tensors on `device`: use_profile()'s, else HETERO_ATTN_PROFILE's, else the detected one."""
+def current_profile(device: str, index: int | None = None) -> DeviceProfile:
+    """The profile that chooses for tensors on `device`, a type, and number `index` of it (None: the first that the profile of its kind is
+    detected by): use_profile()'s, else HETERO_ATTN_PROFILE's, else the detected one."""
     forced = _forced_profile.get()
     if forced is not None:
         return forced.profile
     kind = device if device in ("cpu", "cuda", "npu") else None         # mps, xpu, meta, …: the best profile of this machine
+    kind = f"{kind}:{index}" if kind not in (None, "cpu") and index is not None else kind
     key = (kind, os.environ.get("HETERO_ATTN_PROFILE"), os.environ.get("HETERO_ATTN_SET"))
     profile = _device_profiles.get(key)
     if profile is None:
@@ -179,10 +181,10 @@ def choice(argument: str | None) -> tuple:
     )
 
 
-def unavailable(backend: Backend) -> list[str]:
-    """backend.unavailable_reasons(); a check of the machine that itself fails is such a reason."""
+def unavailable(backend: Backend, index: int | None = None) -> list[str]:
+    """backend.unavailable_reasons(), or unavailable_on(index); a check of the machine that itself fails is such a reason."""
     try:
-        return list(backend.unavailable_reasons())
+        return list(backend.unavailable_reasons() if index is None else backend.unavailable_on(index))
     except Exception as error:
         return [f"its look at this machine failed: {type(error).__name__}: {error}"]
 
@@ -197,7 +199,7 @@ def communicator_unavailable(backend: Backend) -> list[str]:
 
 def objections(backend: Backend, spec: AttentionSpec) -> list[str]:
     """Everything that stands against running `spec` on `backend` here; [] = it runs."""
-    return [*unavailable(backend), *backend.unsupported_reasons(spec)]
+    return [*unavailable(backend, spec.device_index), *backend.unsupported_reasons(spec)]
 
 
 class Selection(NamedTuple):
@@ -209,7 +211,7 @@ class Selection(NamedTuple):
 def select(spec: AttentionSpec, name: str | None = None) -> Selection:
     """The backend that runs `spec`. `name` is chosen_name()'s answer. Raises UnsupportedError, UnknownBackendError, ProfileError."""
     if name is None:
-        return first_without_objection(spec, current_profile(spec.device))
+        return first_without_objection(spec, current_profile(spec.device, spec.device_index))
     backend = get(name)
     reasons = objections(backend, spec)
     if reasons:
@@ -250,7 +252,7 @@ def first_without_objection(spec: AttentionSpec, profile: DeviceProfile, *, quie
         if against and profile.strict:
             against[name] = ["excluded by strict: true"]
             continue
-        here_not = unavailable(backend)                 # then no length makes it run, and none has to be judged again
+        here_not = unavailable(backend, spec.device_index)     # then no length makes it run, and none has to be judged again
         reasons = [*here_not, *backend.unsupported_reasons(spec)]
         holds = holds and (bool(here_not) or not backend.judges_lengths)
         if not reasons:

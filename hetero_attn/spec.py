@@ -51,6 +51,7 @@ class AttentionSpec:
     varlen: bool = False
     total_q: int = 0
     page_size: int = 0
+    device_index: int | None = None                 # which device of its type: a process may have unlike ones; None = the current one
 
     def __post_init__(self) -> None:
         if self.kv_heads <= 0 or self.q_heads % self.kv_heads:
@@ -64,7 +65,7 @@ class AttentionSpec:
         return AttentionSpec(
             self.device, self.dtype, batch, self.q_heads, self.kv_heads, q_len, kv_len, self.head_dim, self.v_head_dim, self.is_causal,
             self.scale, self.window_size, self.softcap, self.alibi, self.mask, self.sinks, self.return_lse, self.layout,
-            self.needs_grad, self.varlen, total_q, self.page_size,
+            self.needs_grad, self.varlen, total_q, self.page_size, self.device_index,
         )
 
     @property
@@ -101,7 +102,12 @@ class AttentionSpec:
         q_shape = [self.batch, self.q_heads, self.q_len, self.head_dim]
         kv_shape = [self.batch, self.kv_heads, self.kv_len, self.head_dim]
         v_part = f"  v_head_dim {self.v_head_dim}" if self.v_head_dim != self.head_dim else ""
-        return "  ".join([f"q {q_shape}", f"kv {kv_shape}{v_part}", dtype_name(self.dtype), *self.features(), self.device])
+        return "  ".join([f"q {q_shape}", f"kv {kv_shape}{v_part}", dtype_name(self.dtype), *self.features(), self.place])
+
+    @property
+    def place(self) -> str:
+        """'cuda', or 'cuda:1' for a device that is not the first."""
+        return f"{self.device}:{self.device_index}" if self.device_index else self.device
 
 
 class Operands(NamedTuple):

@@ -55,7 +55,7 @@ class EmulatedDevice:
     def __init__(self, node: Node, rank: int) -> None:
         self.node, self.rank = node, rank
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index=None) -> list[str]:
         reason = compiler_reason()
         return [f"the executor needs a C++ compiler: {reason}"] if reason else []
 

@@ -15,7 +15,7 @@ class ReferenceOperators:
     def __init__(self):
         self.calls = {"dense": 0, "flash": 0}
 
-    def unavailable_reasons(self):
+    def unavailable_reasons(self, index=None):
         return []
 
     def dense(self, q, k, v, is_causal, scale):

@@ -4,6 +4,7 @@ A cubin is an ELF file; a kernel's code is the section .text.<name>. Since Volta
 12 bits. The opcodes named here were compared with nvdisasm 12.8 (tests/test_volta_cubins.py repeats that where one is installed).
 """
 
+import re
 import shutil
 import struct
 from importlib.util import find_spec
@@ -42,3 +43,21 @@ def nvdisasm() -> str | None:
     places = (spec.submodule_search_locations or ()) if spec else ()
     carried = [Path(place) / "backends" / "nvidia" / "bin" / "nvdisasm" for place in places]
     return next((str(path) for path in carried if path.exists()), None) or shutil.which("nvdisasm")
+
+
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+_BACK = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
+
+
+def listed(text: str) -> tuple[list[str], list[list[str]]]:
+    """Of nvdisasm's listing (-c): the opcodes in order, and those of each loop, from a label to a branch back to it."""
+    opcodes, labels, spans = [], {}, []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := _INSTRUCTION.match(line):
+            if (back := _BACK.search(line)) and back[1] in labels:
+                spans.append((labels[back[1]], len(opcodes) + 1))
+            opcodes.append(instruction[1])
+    return opcodes, [opcodes[begin:end] for begin, end in spans]

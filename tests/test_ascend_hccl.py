@@ -25,7 +25,7 @@ from tiny_families import SMALL
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.profile import load_profile
-from hetero_attn.testing.collectives import _verdict, _whole_suite
+from hetero_attn.testing.collectives import verdict, whole_suite
 from hetero_attn.testing.ranks import on_ranks
 from hetero_attn.testing.tolerances import mismatch
 
@@ -54,7 +54,7 @@ def made(base) -> HcclCommunicator:
 
 
 def suite(base):
-    return _whole_suite(made(base))
+    return whole_suite(made(base))
 
 
 def products(base):
@@ -145,7 +145,7 @@ def test_collectives_suite():
     outcomes = on_ranks(suite, (), 2)
     names = [] if any(outcome.error for outcome in outcomes) else list(outcomes[0].result)
     assert names, outcomes
-    assert {name: verdict for name in names if (verdict := _verdict(name, outcomes))} == {}
+    assert {name: words for name in names if (words := verdict(name, outcomes))} == {}
 
 
 def test_products_take_the_operator():

@@ -78,7 +78,7 @@ FAULTS = {                                          # fault -> a case that must 
 
 def in_ranks(communicator):
     """Everything this file needs from real ranks, in one go."""
-    done = {"composed": collectives._whole_suite(Composed(communicator))}
+    done = {"composed": collectives.whole_suite(Composed(communicator))}
     done["faults"] = {fault: collectives.check_case(Faulty(communicator, fault), case) for fault, case in FAULTS.items()}
     done["gather"] = _refused(lambda: communicator.all_gather(torch.ones(2, 3 + communicator.rank)))
     mixed = torch.ones(2, dtype=torch.bfloat16 if communicator.rank else torch.float16)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,15 +13,16 @@ import torch
 
 from hetero_attn.parallel import offload
 from hetero_attn.testing.attention_cases import attention_cases
-from hetero_attn.testing.gpu import attention_bench, checks, conform, cooperation, graphs, groups, norm_bench
+from hetero_attn.testing.gpu import attention_bench, checks, children, conform, cooperation, graphs, groups, norm_bench
 from hetero_attn.testing.gpu import ceilings as limits
 from hetero_attn.testing.gpu.__main__ import NO_DEVICE, main, need
 from hetero_attn.testing.gpu.ceilings import Ceilings
 from hetero_attn.testing.gpu.clock import medians
+from hetero_attn.testing.gpu.graph_seam import Repeated
 from hetero_attn.testing.gpu.outcome import BELOW, FAILED, PASSED, SKIPPED, Figure, Outcome, judged
 from hetero_attn.testing.gpu.page import page_path, text_of, written
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[1]
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
@@ -35,7 +37,7 @@ def test_says_in_one_line_what_it_needs(tmp_path):
 def test_checks_are_chosen_by_name(capsys):
     assert [check.name for check in checks.selected(None)] == [check.name for check in checks.CHECKS]
     assert [check.name for check in checks.selected("norm, twin")] == ["twin", "norm"]
-    with pytest.raises(ValueError, match="no check is called speed; there are conformance, twin, alone, mixed, graphs"):
+    with pytest.raises(ValueError, match="no check is called speed; there are conformance, twin, alone, mixed, collectives, graphs"):
         checks.selected("norm,speed")
     with pytest.raises(ValueError, match="it names no check"):
         checks.selected(" ,")
@@ -136,7 +138,7 @@ def test_a_faulty_backend_fails_the_suite():
 def test_groups_on_the_cpu():
     assert groups.alone(CPU).status == PASSED
     outcome = groups.twin(CPU, "nothing")
-    assert outcome.status == SKIPPED and outcome.text.startswith("there is no backend 'nothing' here; known are ")
+    assert outcome.status == SKIPPED and "there is no backend 'nothing' here; known are " in outcome.text
 
 
 def test_the_groups_check_sees_a_fault():
@@ -153,7 +155,7 @@ def test_the_groups_check_sees_a_fault():
 
 @pytest.mark.ranks
 def test_a_group_of_two():
-    outcome = groups._ranks("distributed", ("cpu", "cpu"), (64,), {})
+    outcome = groups._ranks(groups.groups_of(CPU)[2], (64,))
     assert outcome.status == PASSED and "DistributedCommunicator on cpu, cpu, 15 shapes and dtypes" in outcome.text
 
 
@@ -167,6 +169,15 @@ def test_the_fused_norm_is_timed():
 
 def test_graphs_need_cuda():
     assert graphs.graphs(CPU).text == "cpu has no CUDA graphs"
+
+
+def test_captured_calls_by_the_stand_in(monkeypatch):
+    """Each call through the seam; a call that a backend objects to is no failure, what a capture turns up is."""
+    for make in graphs.CALLS.values():
+        assert graphs.verdict("sdpa", make, CPU, Repeated()) == graphs.RIGHT
+    assert graphs.verdict("hopper", graphs.CALLS["decode over pages"], CPU, Repeated()) == graphs.OBJECTED
+    monkeypatch.setattr(Repeated, "captured", lambda self, call: (call(), lambda: None))
+    assert "DIFFERS" in graphs.verdict("sdpa", graphs.CALLS["prefill"], CPU, Repeated())
 
 
 def test_benchmarks_on_the_cpu():
@@ -226,8 +237,8 @@ def test_children_are_killed_with_their_children(tmp_path):
                        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
                        "print(child.pid, flush=True)\ntime.sleep(60)\n")
     began = time.monotonic()
-    done = checks.child("stays", [], 4.0, environment={"PYTHONSAFEPATH": ""} | {"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == -9 and time.monotonic() - began < 30
+    done = children.child("stays", [], 15.0, environment={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))})
+    assert done.returncode == -9 and time.monotonic() - began < 40
     grandchild = int(done.stdout)
     for _ in range(100):
         state = Path(f"/proc/{grandchild}/stat")
@@ -236,6 +247,14 @@ def test_children_are_killed_with_their_children(tmp_path):
         time.sleep(0.05)
     else:
         pytest.fail("the child's own child still runs")
+
+
+def test_a_tool_may_run_a_child(tmp_path):
+    """As compute-sanitizer does: in a process of its own making, whose parent is the tool."""
+    (tmp_path / "says.py").write_text("import sys\nprint('said', *sys.argv[1:])\n")
+    places = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = children.child("says", ["this"], 60.0, ("sh", "-c", '"$@"; exit 9', "sh"), {"PYTHONPATH": places})
+    assert (done.returncode, done.stdout) == (9, "said this\n"), done.stderr
 
 
 def test_parts_and_time(monkeypatch):
@@ -283,16 +302,34 @@ def test_a_fault_in_cooperation_fails_the_check(monkeypatch, fault, words):
     assert outcome.status == FAILED and words in outcome.text, outcome.text
 
 
+def without(folder, *packages):
+    """A PYTHONPATH on which packages are absent."""
+    for package in packages:
+        (folder / "absent" / package).mkdir(parents=True)
+        (folder / "absent" / package / "__init__.py").write_text(f"raise ModuleNotFoundError('no', name={package!r})")
+    root = Path(__file__).parents[1]
+    return os.pathsep.join(map(str, (folder / "absent", root, root / "backends")))
+
+
+def test_a_missing_package_is_named(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "hetero_attn.testing.gpu", "--list"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": without(tmp_path, "safetensors")})
+    assert done.returncode == NO_DEVICE and done.stdout.startswith("gpu-check needs safetensors, which is not installed here; ")
+
+
 @pytest.mark.ranks
 def test_a_rehearsal(tmp_path):
-    """Every check through the command itself: conformance in children, two ranks, benchmarks, page and JSON."""
-    names = "conformance,mixed,graphs,sanitizer,ceilings,prefill"
+    """Every check through the command itself: conformance in children, ranks, benchmarks, page and JSON; with none of the packages that a
+    bare machine may lack."""
+    names = "conformance,mixed,collectives,graphs,replays,sanitizer,ceilings,prefill"
     arguments = ["--rehearse", "--quick", "--only", names, "--page", str(tmp_path / "page.md")]
+    root, places = Path(__file__).parents[1], without(tmp_path, "pytest", "hypothesis", "transformers", "tokenizers")
     done = subprocess.run([sys.executable, "-m", "hetero_attn.testing.gpu", *arguments, "--json", str(tmp_path / "found.json")],
-                          capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=280)
+                          capture_output=True, text=True, cwd=root, timeout=280, env=os.environ | {"PYTHONPATH": places})
     found = json.loads((tmp_path / "found.json").read_text())
     statuses = {name: each["status"] for name, each in found["checks"].items()}
-    assert statuses["conformance"] == statuses["mixed"] == statuses["ceilings"] == PASSED, done.stdout + done.stderr
+    for name in ("conformance", "mixed", "collectives", "replays", "ceilings"):
+        assert statuses[name] == PASSED, done.stdout + done.stderr
     assert statuses["graphs"] == statuses["sanitizer"] == SKIPPED and statuses["prefill"] in (PASSED, BELOW) and found["rehearsal"]
     assert "sdpa: " in found["checks"]["conformance"]["text"] and "triton: not here: " in found["checks"]["conformance"]["text"]
     assert "A rehearsal on a CPU" in (tmp_path / "page.md").read_text() and done.returncode == (BELOW in statuses.values())

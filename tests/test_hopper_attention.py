@@ -8,8 +8,8 @@ import hopper_flash_attn
 import pytest
 import torch
 from hetero_attn_hopper import HopperBackend
+from hetero_attn_hopper.flash_attn import FlashAttnPackage
 from hetero_attn_hopper.operators import TorchOperators
-from hetero_attn_hopper.package import FlashAttnPackage
 from hopper_operators import ReferenceOperators
 
 import hetero_attn
@@ -45,13 +45,13 @@ OBJECTIONS = {
     "Dv": ({"v_head_dim": 64}, "v_head_dim is 64, FlashAttention wants head_dim's 128"),
     "softcap": ({"softcap": 30.0}, "softcap is 30, torch's kernels have none; install flash-attn 2.6.3 or later, below 3, or"),
     "alibi": ({"alibi": 1}, "alibi: torch's FlashAttention is built without it; install flash-attn 2.6.3 or later"),
-    "alibi and lse": ({"alibi": 1, "return_lse": True}, "FlashAttention's is shifted by row in causal calls"),
+    "alibi and lse": ({"alibi": 1, "return_lse": True}, "flash-attn's is shifted by row in causal calls"),
     "alibi and sinks": ({"alibi": 1, "sinks": True}, "sinks need the lse"),
     "pages": (VARLEN | {"q_len": 1, "page_size": 256},
               "pages: torch's FlashAttention writes wrong rows when it decodes on them (pytorch#194167)"),
     "mask": ({"mask": torch.bool, "is_causal": False}, "attn_mask is bool"),
     "scale": ({"scale": -1.0}, "scale is -1, the kernels want it positive"),
-    "small pages": (VARLEN | {"q_len": 1, "page_size": 64}, "pages hold 64 tokens, FlashAttention takes multiples of 256"),
+    "small pages": (VARLEN | {"q_len": 1, "page_size": 64}, "pages hold 64 tokens, flash-attn takes multiples of 256"),
     "prefill on pages": (VARLEN | {"page_size": 256}, "only decoding a token at a time without a window goes on pages"),
 }
 
@@ -66,7 +66,7 @@ def operators():
 @pytest.fixture(scope="module")
 def package():
     """hopper with the stand-in for flash-attn -> its calls."""
-    with registry.register(WITH_PACKAGE, lambda: HopperBackend(ReferenceOperators(), package=FlashAttnPackage("hopper_flash_attn"))):
+    with registry.register(WITH_PACKAGE, lambda: HopperBackend(ReferenceOperators(), packages=[FlashAttnPackage("hopper_flash_attn")])):
         yield hopper_flash_attn.CALLS
 
 
@@ -75,18 +75,18 @@ ABSENT = FlashAttnPackage("no_flash_attn_here")
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_runs(options):
-    assert HopperBackend(package=ABSENT).unsupported_reasons(replace(BASE, **options)) == []
+    assert HopperBackend(packages=[ABSENT]).unsupported_reasons(replace(BASE, **options)) == []
 
 
 @pytest.mark.parametrize("options", PACKAGE_RUNS.values(), ids=PACKAGE_RUNS)
 def test_runs_with_the_package(options):
-    spec, backend = replace(BASE, **options), HopperBackend(package=FlashAttnPackage("hopper_flash_attn"))
+    spec, backend = replace(BASE, **options), HopperBackend(packages=[FlashAttnPackage("hopper_flash_attn")])
     assert backend.unsupported_reasons(spec) == [] and any("flash-attn" in remark for remark in backend.remarks(spec))
 
 
 @pytest.mark.parametrize("options, words", OBJECTIONS.values(), ids=OBJECTIONS)
 def test_objects(options, words):
-    reasons = HopperBackend(package=ABSENT).unsupported_reasons(replace(BASE, **options))
+    reasons = HopperBackend(packages=[ABSENT]).unsupported_reasons(replace(BASE, **options))
     assert any(words in reason for reason in reasons), reasons
 
 

@@ -188,3 +188,28 @@ def test_a_model_that_nobody_has_fetched_can_be_planned(shape):
     plan = plan_model(SHAPES / shape, hosts)
     assert sum(rank.weights for rank in plan.ranks) / 2**30 == pytest.approx(WEIGHTS_GIB[shape], rel=0.05)
     assert sorted(folder.name for folder in SHAPES.iterdir()) == sorted(WEIGHTS_GIB)
+
+
+def test_what_the_communicator_keeps_of_the_device_is_counted(folder, capsys):
+    """Symmetric memory, on one host and from two ranks on, by rank 0's sizes; whose it is is a line of its own."""
+    def planned(*names, **changes):
+        profile = load_profile("h100", sets=[f"{name}={value}" for name, value in changes.items()])
+        return plan_model(folder, Hosts(tuple(Host(profile, "cuda", None, name) for name in names)), context=64)
+
+    plain, without = planned("", ""), planned("", "", communicators="[distributed]")
+    assert plain.communicator == "hopper" and without.communicator == ""
+    kept = plain.ranks[0].communicator
+    assert 640 << 20 < kept < 642 << 20 and not without.ranks[0].communicator
+    assert [a.total - b.total for a, b in zip(plain.ranks, without.ranks)] == [kept, kept]
+    for rank in plain.ranks:
+        assert rank.total == rank.process + kept + rank.held + rank.window + rank.cache + rank.activations
+    small = planned("", "", symmetric_room_bytes=1 << 20, symmetric_heap_bytes=2 << 20).ranks[0].communicator
+    assert kept - small == (127 << 20) + (510 << 20)
+    assert plain.cooperation.largest_on_devices < without.cooperation.largest_on_devices
+    for other in (planned(""), planned("a", "b"), planned("", "", codec="int8_group32")):
+        assert not other.communicator and not any(rank.communicator for rank in other.ranks)
+    assert main(["plan", str(folder), "--profile", "h100", "--tp", "2"]) == 0
+    assert "each total holds 641 MiB that the communicator of hopper keeps of the device" in capsys.readouterr().out
+    assert main(["plan", str(folder), "--profile", "h100", "--tp", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["communicator"] == "hopper" and [rank["communicator"] for rank in found["ranks"]] == [kept, kept]

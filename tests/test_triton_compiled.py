@@ -8,11 +8,12 @@ Quick: the variants that differ most. HETERO_ATTN_FULL=1: every feature on every
 import os
 import re
 import subprocess
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from sass import nvdisasm
+from sass import listed, nvdisasm
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET compiles nothing", allow_module_level=True)
@@ -49,7 +50,7 @@ class CompilingLauncher:
         self._target, self._hardware = TARGETS[target]
         self._tiles, self.compiled = tiles, []
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index=None) -> list[str]:
         return []
 
     def hardware(self, device) -> Device:
@@ -95,16 +96,19 @@ VARIANTS = {
     "decode-256": {"q_len": 4, "kv_len": 8192, "head_dim": 256, "is_causal": True},
     "decode-fp32": {"q_len": 1, "kv_len": 8192, "dtype": torch.float32},
 }
+PRODUCTS, LOOPS, SPILLED_IN_LOOPS = ("HMMA", "HGMMA", "FFMA"), "loops over keys", "local memory in loops over keys"
 QUICK = {
     "sm_90": ("causal", "causal-256-bf16", "decode", "everything", "pages-16"),
     "sm_80": ("causal", "plain-64", "decode-pages", "padded-72"), "sm_89": ("fp32-128",), "sm_100": ("causal",), "gfx942": ("causal",),
 }
 FURTHER = ("sm_89", "sm_100")                          # looked at where they differ from the others only
 CHOSEN = [(target, name) for target in TARGETS for name in (VARIANTS if full_grid() and target not in FURTHER else QUICK[target])]
-# Loads and stores of local memory that are let pass, of a whole kernel: in combinations that are no usual model's main road.
+# Loads and stores of local memory that are let pass, of a whole kernel, and none of them in a loop over keys: values that live across the
+# loops are put aside before them and taken up behind them, once a program. Half as many keys a tile, or on sm_90 two stages for three, end
+# most of it and are paid for in every block of keys, so the tiles stay.
 SPILLS = {
-    ("sm_80", "pages-16"): 40, ("sm_80", "padded-72"): 13, ("sm_80", "padded-80"): 13, ("sm_80", "packed"): 8, ("sm_80", "decode-256"): 15,
-    ("sm_90", "pages-16"): 4, ("sm_90", "padded-72"): 9, ("sm_90", "padded-80"): 9, ("sm_90", "packed"): 14, ("sm_90", "window"): 2,
+    ("sm_80", "pages-16"): 28, ("sm_80", "padded-72"): 13, ("sm_80", "padded-80"): 13, ("sm_80", "packed"): 8, ("sm_80", "decode-256"): 15,
+    ("sm_90", "pages-16"): 4, ("sm_90", "padded-72"): 9, ("sm_90", "padded-80"): 9, ("sm_90", "packed"): 14,
     ("sm_90", "decode-fp32"): 18,
 }
 
@@ -119,15 +123,16 @@ def compiled(target: str, case: AttentionCase):
     return launcher.compiled, plan(spec, TARGETS[target][1])
 
 
-def instructions(cubin: bytes, folder) -> dict[str, int]:
-    """Instruction -> how often it stands in the machine code."""
+def instructions(cubin: bytes, folder) -> Counter:
+    """Instruction -> how often it stands in the machine code; SPILLED_IN_LOOPS: accesses of local memory in loops over keys."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     text = subprocess.run([nvdisasm(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
-    found: dict[str, int] = {}
-    for name in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text, re.MULTILINE):
-        found[name] = found.get(name, 0) + 1
-    return found
+    opcodes, loops = listed(text)
+    products = [sum(each in PRODUCTS for each in loop) for loop in loops]
+    # The loop that does a tile once more, for the sake of NaN, has a fraction of the others' products.
+    main = [Counter(loop) for loop, count in zip(loops, products) if count and 2 * count >= max(products)]
+    return Counter(opcodes) + Counter({SPILLED_IN_LOOPS: sum(loop["LDL"] + loop["STL"] for loop in main), LOOPS: len(main)})
 
 
 @needs_nvdisasm
@@ -146,7 +151,8 @@ def test_machine_code(target, name, tmp_path):
         assert found.get("HGMMA" if wide else "HMMA", 0) >= 8, found
         if planned.tile.stages > 1:                                 # 16 bytes each, also where rows are multiples of 8 numbers only
             assert found.get("LDGSTS", 0) >= 4, found               # asynchronous copies to shared memory
-    assert found.get("LDL", 0) + found.get("STL", 0) <= SPILLS.get((target, name), 0), found
+    assert found["LDL"] + found["STL"] <= SPILLS.get((target, name), 0), found
+    assert found[LOOPS] >= 1 and not found[SPILLED_IN_LOOPS], found
     assert attention.metadata.shared <= planned.shared_bytes
     for _, other in further:
         others = instructions(other.asm["cubin"], tmp_path)
@@ -199,4 +205,4 @@ def test_a_spill_is_seen(tmp_path):
     arguments = case.call()
     TritonBackend(launcher).attention(arguments["q"], arguments["k"], arguments["v"], case.spec(), Operands())
     found = instructions(launcher.compiled[0][1].asm["cubin"], tmp_path)
-    assert found["HMMA"] > 100 and found["LDL"] > 0 and found["STL"] > 0
+    assert found["HMMA"] > 100 and found["LDL"] > 0 and found["STL"] > 0 and found[SPILLED_IN_LOOPS] > 0

@@ -129,7 +129,7 @@ class Refuses:
     def __init__(self, rows, error):
         self.rows, self.error, self.tried = rows, error, []
 
-    def unavailable_reasons(self):
+    def unavailable_reasons(self, index=None):
         return []
 
     def hardware(self, device):

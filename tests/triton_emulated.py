@@ -94,7 +94,7 @@ class InterpretedLauncher:
         self._tiles, self._kernels = SmallTiles() if tiles is None else tiles, kernels_ or kernels()
         self.launches: list[tuple[str, int, dict[str, Any]]] = []
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index=None) -> list[str]:
         return []
 
     def hardware(self, device: torch.device) -> Device:

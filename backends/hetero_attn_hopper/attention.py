@@ -1,26 +1,29 @@
-"""An attention call by torch's kernels, or the package flash-attn's: which of them, and what must be done around them to keep the project's
+"""An attention call by torch's kernels, or an installed package's: which of them, and what must be done around them to keep the project's
 meaning.
 
-cuDNN's serves plain dense calls; torch's FlashAttention an lse, sinks, windows, queries and keys of unlike lengths, packed sequences; the
-package, where it is installed, softcap, ALiBi and decoding on pages. Rows that see different keys are protected from NaN in values they do
-not see: such values are zeroed first, without looking, and rows that do see one become NaN afterwards. (Keys need none of it: the kernels
-replace the score of what a row does not see.) That reads V twice and writes it once, by 5 small launches where causality alone cuts, about
-20 elsewhere; by arithmetic 3 % of a causal call's time at 4096 tokens and 4 query heads a KV head, and more the shorter the call.
+cuDNN's serves plain dense calls; torch's FlashAttention an lse, sinks, windows, queries and keys of unlike lengths, packed sequences;
+flash-attn or flashinfer, where one is installed, softcap, ALiBi and decoding on pages. Rows that see different keys are protected from NaN
+in values they do not see: such values are zeroed first, without looking, and rows that do see one become NaN afterwards. (Keys need none of
+it: the kernels replace the score of what a row does not see.) That reads V twice and writes it once, by 5 small launches where causality
+alone cuts, about 20 elsewhere; by arithmetic 3 % of a causal call's time at 4096 tokens and 4 query heads a KV head, and more the shorter
+the call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from hetero_attn.spec import AttentionSpec, Operands
 from hetero_attn_hopper.operators import TorchOperators
-from hetero_attn_hopper.package import FlashAttnPackage
+from hetero_attn_hopper.package import Package, serving
 
 NEG_INF, NAN, LARGEST = float("-inf"), float("nan"), float("inf")
 
 
 def attention(
-    operators: TorchOperators, package: FlashAttnPackage, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
+    operators: TorchOperators, packages: Sequence[Package], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec,
     operands: Operands,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Backend.attention()."""
@@ -33,9 +36,9 @@ def attention(
     if is_plain(spec):
         out, lse = operators.dense(*(_by_features(x) for x in (q, k, v)), spec.is_causal and spec.q_len > 1, spec.scale), None
     else:
-        out, lse = _flash(operators, package, q, k, v, spec, operands)
+        out, lse = _flash(operators, packages, q, k, v, spec, operands)
     if lse is not None and (spec.return_lse or operands.sinks is not None):
-        # FlashAttention says +inf of a row without keys, and of one that has seen NaN.
+        # +inf is said of a row without keys, and of one that has seen NaN.
         first = out[..., 0].transpose(0, 1) if spec.varlen else out[..., 0]
         lse = torch.where(lse == LARGEST, torch.where(first.isnan(), NAN, NEG_INF), lse)
     if operands.sinks is not None:
@@ -61,7 +64,7 @@ def rows_see_unlike_keys(spec: AttentionSpec) -> bool:
     return spec.windowed or (spec.is_causal and spec.q_len > 1)
 
 
-def _flash(operators, package, q, k, v, spec: AttentionSpec, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _flash(operators, packages, q, k, v, spec: AttentionSpec, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
     window = (spec.window_size[0], 0 if spec.is_causal else spec.window_size[1])
     # A window that is open to the left and closed by causality alone is what the kernel calls causal.
     is_causal = spec.is_causal and window[0] == -1
@@ -75,7 +78,8 @@ def _flash(operators, package, q, k, v, spec: AttentionSpec, operands: Operands)
     arguments = q, k, v, *starts, max_q, spec.kv_len, is_causal, spec.scale, window
     if needs_package(spec):
         slopes = None if operands.alibi_slopes is None else operands.alibi_slopes.float().contiguous()
-        out, lse = package.flash(*arguments, softcap=spec.softcap or 0.0, slopes=slopes, table=operands.block_table)
+        out, lse = serving(packages, spec).flash(*arguments, softcap=spec.softcap or 0.0, slopes=slopes, table=operands.block_table,
+                                                 used=operands.seqused_k)
     else:
         out, lse = operators.flash(*arguments)
     return (out if spec.varlen else out.transpose(1, 2)), lse

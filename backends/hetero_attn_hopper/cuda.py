@@ -36,7 +36,7 @@ class CudaDevice:
     def streams(self) -> Any:
         return torch.cuda
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
         """Torch's build, the device, and a cubin or NVRTC."""
         if torch.version.hip:
             return ["torch is a ROCm build, these kernels are CUDA's"]
@@ -44,10 +44,10 @@ class CudaDevice:
             return [f"torch {torch.__version__} has no CUDA; install a CUDA build of torch"]
         if not torch.cuda.is_available():
             return ["torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"]
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(index)
         if capability < OLDEST_CAPABILITY:
             return ["device has compute capability {}.{}, the kernels need 7.0".format(*capability)]
-        if (missing := nvrtc_reason()) and any(kernel.find() is None for kernel in cubins(self.arch())):
+        if (missing := nvrtc_reason()) and any(kernel.find() is None for kernel in cubins(self.arch(index))):
             return [missing]
         return []
 

@@ -20,8 +20,8 @@ class Device(Protocol):
     type: str
     streams: Any | None
 
-    def unavailable_reasons(self) -> list[str]:
-        """Why nothing runs on it here; [] = it does."""
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
+        """Why nothing runs on number `index` of its type here, None = the current one; [] = it does."""
 
     def facts(self, device: torch.device) -> dict[str, Any]:
         """What the other ranks must know of this one's device, as JSON: host, name (of the device within it), capability (major, minor)."""

@@ -83,6 +83,11 @@ def sizes_of(profile: DeviceProfile, world_size: int) -> list[int]:
     return [max(stage // ALIGN, 1) * ALIGN, profile.symmetric_room_bytes, profile.symmetric_heap_bytes]
 
 
+def symmetric_bytes(profile: DeviceProfile, world_size: int) -> int:
+    """What each rank's symmetric memory takes by a profile; 0 where there would be no communicator."""
+    return 0 if _profile_reasons(profile, world_size) else Layout(*sizes_of(profile, world_size)).size
+
+
 def ctas_of(profile: DeviceProfile) -> Ctas:
     """CTAs by a profile: alone as many as communication may keep to itself, beside products what was measured."""
     overlap = profile.overlap
@@ -92,11 +97,17 @@ def ctas_of(profile: DeviceProfile) -> Ctas:
 
 
 def _own_reasons(base: Communicator, profile: DeviceProfile, device: Device) -> list[str]:
-    reasons = device.unavailable_reasons()
+    reasons = device.unavailable_reasons(base.device.index)
     if base.device.type != device.type:
         reasons = [*reasons, f"device is {base.device}, these kernels run on {device.type}"]
-    if not 2 <= base.world_size <= MAX_RANKS:
-        reasons.append(f"world size is {base.world_size}, these kernels serve 2 to {MAX_RANKS} ranks")
+    return [*reasons, *_profile_reasons(profile, base.world_size)]
+
+
+def _profile_reasons(profile: DeviceProfile, world_size: int) -> list[str]:
+    """Those that need no device to be known."""
+    reasons = []
+    if not 2 <= world_size <= MAX_RANKS:
+        reasons.append(f"world size is {world_size}, these kernels serve 2 to {MAX_RANKS} ranks")
     for name, harmless in FORCIBLE.items():
         asked = getattr(profile, name, harmless[0])
         if asked not in harmless:

@@ -23,22 +23,24 @@ class TorchOperators:
 
     device = "cuda"
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
+        """Of a device by its number, None = the current one."""
         if torch.version.hip:
             return ["torch is a ROCm build; its kernels are served by backend 'sdpa'"]
         if torch.version.cuda is None:
             return [f"torch {torch.__version__} has no CUDA; install a CUDA build of torch"]
         if not torch.cuda.is_available():
             return ["torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"]
-        if (capability := torch.cuda.get_device_capability()) < OLDEST_CAPABILITY:
+        if (capability := torch.cuda.get_device_capability(index)) < OLDEST_CAPABILITY:
             return ["device has compute capability {}.{}, torch's FlashAttention needs 8.0; use backend 'sdpa'".format(*capability)]
         if not torch.backends.cuda.is_flash_attention_available():
             return ["this torch is built without FlashAttention; use backend 'sdpa'"]
-        return self.probe()
+        return self.probe(index)
 
-    def probe(self) -> list[str]:
+    def probe(self, index: int | None = None) -> list[str]:
         """A tiny real causal call of each kernel, whose last key is NaN: only the last row may show it."""
-        ones = torch.ones(1, 64, 2, 64, dtype=torch.bfloat16, device=self.device)              # [B, S, H, D]
+        device = self.device if index is None else f"{self.device}:{index}"
+        ones = torch.ones(1, 64, 2, 64, dtype=torch.bfloat16, device=device)                   # [B, S, H, D]
         keys = ones.clone()
         keys[:, -1] = float("nan")
         try:

@@ -28,20 +28,27 @@ class TritonBackend(Backend):
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self.launcher = launcher or GpuLauncher()
-        self._reasons: list[str] | None = None
-        self._refused: dict[Demand, frozenset[Tile]] = {}             # tiles that the device turned out not to hold
+        self._reasons: dict[int | None, list[str]] = {}               # by device, None = the current one
+        self._refused: dict[tuple[Device, Demand], frozenset[Tile]] = {}       # tiles that a device turned out not to hold
         self._uncompiled: dict[tuple, str] = {}                       # kind of call -> the compiler's words, see _kind
 
     def unavailable_reasons(self) -> list[str]:
-        if self._reasons is None:
-            self._reasons = self.launcher.unavailable_reasons() or (self.probe() if self.launcher.probes else [])
-        return list(self._reasons)
+        return self._looked_at(None)
 
-    def probe(self) -> list[str]:
+    def unavailable_on(self, index: int) -> list[str]:
+        return self._looked_at(index)
+
+    def _looked_at(self, index: int | None) -> list[str]:
+        if index not in self._reasons:
+            self._reasons[index] = self.launcher.unavailable_reasons(index) or (self.probe(index) if self.launcher.probes else [])
+        return list(self._reasons[index])
+
+    def probe(self, index: int | None = None) -> list[str]:
         """A small real call on a prefill's tile: why it did not work, [] = it did. Compiling takes seconds the first time."""
         try:
-            ones = torch.ones(1, 1, 128, 128, dtype=torch.float16, device=self.launcher.device)
-            spec = AttentionSpec(self.launcher.device, torch.float16, 1, 1, 1, 128, 128, 128, 128, is_causal=True)
+            device = self.launcher.device if index is None else f"{self.launcher.device}:{index}"
+            ones = torch.ones(1, 1, 128, 128, dtype=torch.float16, device=device)
+            spec = AttentionSpec(self.launcher.device, torch.float16, 1, 1, 1, 128, 128, 128, 128, is_causal=True, device_index=index)
             out, _ = self.attention(ones, ones, ones, spec, Operands())
             if not torch.equal(out, ones):
                 return [f"a small call gave {out.flatten()[0].item()} and not 1; please report it with `hetero-attn doctor --json`"]
@@ -77,7 +84,8 @@ class TritonBackend(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, operands: Operands
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Raises DoesNotCompile once for a kind of call; from then on the backend objects to that kind, and another is chosen."""
-        hardware, tuned, demand = self.launcher.hardware(q.device), self.launcher.tuned(q.device), Demand.of(spec)
+        hardware, tuned = self.launcher.hardware(q.device), self.launcher.tuned(q.device)
+        demand = hardware, Demand.of(spec)
         while True:
             plan = tiling.plan(spec, hardware, tuned, self._refused.get(demand, frozenset()))
             try:
@@ -106,10 +114,10 @@ class TritonBackend(Backend):
 
 
 def _kind(spec: AttentionSpec) -> tuple:
-    """What decides which kernel is compiled for a call, lengths apart."""
+    """What decides which kernel is compiled for a call, and for which device, lengths apart."""
     left, right = spec.window_size
-    return (tiling.shape_class(spec), spec.head_dim, spec.v_head_dim, spec.dtype, spec.is_causal, left >= 0, right >= 0, bool(spec.softcap),
-            bool(spec.alibi), spec.mask, spec.varlen, spec.page_size, spec.group_size)
+    return (spec.device_index, tiling.shape_class(spec), spec.head_dim, spec.v_head_dim, spec.dtype, spec.is_causal, left >= 0, right >= 0,
+            bool(spec.softcap), bool(spec.alibi), spec.mask, spec.varlen, spec.page_size, spec.group_size)
 
 
 backend = TritonBackend

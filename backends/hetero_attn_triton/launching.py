@@ -47,7 +47,8 @@ class Launcher(Protocol):
     device: str
     probes: bool
 
-    def unavailable_reasons(self) -> list[str]: ...
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
+        """Of a device of this type by its number, None = the current one."""
 
     def hardware(self, device: torch.device) -> Device: ...
 
@@ -100,13 +101,13 @@ class GpuLauncher:
         self._hardware: dict[int, Device] = {}
         self._tuned: dict[int, dict[str, Tile]] = {}
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
         """A device first, since most machines without one have no triton either. Imports triton only where there is one."""
         if torch.version.cuda is None and torch.version.hip is None:
             return [f"torch {torch.__version__} has neither CUDA nor ROCm; install a build of torch for your GPU"]
         if not torch.cuda.is_available():
             return ["torch sees no GPU; check nvidia-smi (or rocm-smi) and CUDA_VISIBLE_DEVICES"]
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(index)
         if torch.version.hip is None and capability < OLDEST_CAPABILITY:
             return [f"device has compute capability {capability[0]}.{capability[1]}, Triton's kernels need 8.0 (bf16 products); "
                     f"use backend 'volta' (7.0) or 'sdpa'"]

@@ -29,17 +29,24 @@ class VoltaBackend(Backend):
     def __init__(self, launcher: Launcher | None = None) -> None:
         self.launcher = launcher or CudaLauncher()
         self.hardware = load_profile("v100").hardware
-        self._reasons: list[str] | None = None
+        self._reasons: dict[int | None, list[str]] = {}      # by device, None = the current one
 
     def unavailable_reasons(self) -> list[str]:
-        if self._reasons is None:
-            self._reasons = self.launcher.unavailable_reasons() or (self.probe() if self.launcher.probes else [])
-        return list(self._reasons)
+        return self._looked_at(None)
 
-    def probe(self) -> list[str]:
+    def unavailable_on(self, index: int) -> list[str]:
+        return self._looked_at(index)
+
+    def _looked_at(self, index: int | None) -> list[str]:
+        if index not in self._reasons:
+            self._reasons[index] = self.launcher.unavailable_reasons(index) or (self.probe(index) if self.launcher.probes else [])
+        return list(self._reasons[index])
+
+    def probe(self, index: int | None = None) -> list[str]:
         """A tiny real call, prefill and decode: why it did not work, [] = it did."""
         try:
-            ones = torch.ones(1, 1, 40, 32, dtype=torch.float16, device=self.launcher.device)
+            device = self.launcher.device if index is None else f"{self.launcher.device}:{index}"
+            ones = torch.ones(1, 1, 40, 32, dtype=torch.float16, device=device)
             for q_len in (40, 1):
                 spec = AttentionSpec(self.launcher.device, torch.float16, 1, 1, 1, q_len, 40, 32, 32)
                 out, _ = self.attention(ones[:, :, :q_len], ones, ones, spec, Operands())

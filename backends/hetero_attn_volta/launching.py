@@ -24,7 +24,8 @@ class Launcher(Protocol):
     device: str
     probes: bool
 
-    def unavailable_reasons(self) -> list[str]: ...
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
+        """Of a device of this type by its number, None = the current one."""
 
     def launch(
         self, kernel: KernelSource, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, call: bytes, device: torch.device
@@ -42,7 +43,7 @@ class CudaLauncher:
         self._functions: dict[tuple, Any] = {}
         self._lock = threading.Lock()
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
         """Driver, torch build, architecture, CuPy, and a cubin or NVRTC. Imports CuPy only where torch sees a device."""
         if torch.version.hip:
             return ["torch is a ROCm build, these kernels are CUDA's; use backend 'sdpa'"]
@@ -50,7 +51,7 @@ class CudaLauncher:
             return [f"torch {torch.__version__} has no CUDA; a V100 needs a build for CUDA 12.6: install torch's cu126 wheel"]
         if not torch.cuda.is_available():
             return ["torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"]
-        reasons = [*torch_build_reasons(torch.version.cuda, torch.cuda.get_arch_list(), torch.cuda.get_device_capability())]
+        reasons = [*torch_build_reasons(torch.version.cuda, torch.cuda.get_arch_list(), torch.cuda.get_device_capability(index))]
         try:
             import cupy
         except Exception as error:
@@ -58,7 +59,7 @@ class CudaLauncher:
         runtime = cupy.cuda.runtime.runtimeGetVersion()
         if runtime // 1000 != 12:
             reasons.append(f"CuPy is built for CUDA {runtime // 1000}, expected 12 (13 has no sm_70); {CUPY}")
-        if (missing := nvrtc_reason()) and any(cubin.find() is None for cubin in cubins(self.arch())):
+        if (missing := nvrtc_reason()) and any(cubin.find() is None for cubin in cubins(self.arch(index))):
             reasons.append(missing)
         return reasons
 

@@ -130,15 +130,15 @@ def as_json(found) -> dict:
             "rank": part.rank, "profile": each.host.profile.name, "device": each.host.device,
             **{name: [own.start, own.stop] if own else [0, 0] for name, own in zip(("q_heads", "kv_heads", "ffn", "vocab"), part.parts)},
             "weights": each.weights, "held": each.held, "streamed": each.streamed, "window": each.window, "cache": each.cache,
-            "activations": each.activations, "process": each.process, "total": each.total, "memory": each.memory,
-            "compute_s": each.compute_s, "disk_s": each.disk_s,
+            "activations": each.activations, "process": each.process, "communicator": each.communicator, "total": each.total,
+            "memory": each.memory, "compute_s": each.compute_s, "disk_s": each.disk_s,
         })
         if each.placement is not None:
             ranks[-1] |= {"device_layers": list(each.placement.device), "host_layers": list(each.placement.host),
                           "host_bytes": each.placement.host_bytes}
     return {"ranks": ranks, "context": found.context, "largest_context": found.largest_context, "first_token_s": found.first_token_s,
             "token_s": found.token_s, "reduce_s": found.reduce_s, "alone_s": found.alone_s, "algorithm": found.algorithm,
-            "codec": found.codec, "remarks": list(found.remarks),
+            "codec": found.codec, "communicator": found.communicator, "remarks": list(found.remarks),
             "cooperation": None if found.cooperation is None else facts(found.cooperation)}
 
 
@@ -161,6 +161,10 @@ def as_text(found) -> str:
                        for place, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
     route = found.algorithm if found.codec == "none" else f"{found.algorithm} {found.codec}"
     where = "unified with the host's" if all(each.host.profile.device == "cpu" for each in found.ranks) else "the device's"
+    if found.communicator:
+        kept = shown_bytes(max(each.communicator for each in found.ranks))
+        lines += ["", f"each total holds {kept} that the communicator of {found.communicator} keeps of the device, for tensors that all "
+                      "ranks reach (symmetric_room_bytes, symmetric_heap_bytes)"]
     lines += ["", f"memory is {where}; KV cache for {found.context} tokens, the largest that fits is {found.largest_context}",
               f"first token of a prompt of {PROMPT}: {shown_seconds(found.first_token_s)}; each further one "
               + ("not known" if found.token_s is None else shown_seconds(found.token_s))

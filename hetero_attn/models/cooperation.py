@@ -141,7 +141,7 @@ def cooperation(
     together = sharing([rank.host for rank in ranks])
 
     def largest(asked: str | int, *, endless: bool = False) -> int:
-        return min(most_tokens(rank.host, rank.partition, config, dtype, rank.memory - rank.process - rank.weights - rank.activations,
+        return min(most_tokens(rank.host, rank.partition, config, dtype, rank.memory - rank.beside_cache - rank.weights,
                                None if endless else together[rank.host.name], asked) for rank in own)
 
     def slowest(placements: Sequence[Placement], tokens: int) -> Pace:

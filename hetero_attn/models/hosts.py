@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from hetero_attn import registry
+from hetero_attn.collectives import BASE
 from hetero_attn.collectives.cost import LinkModel, from_settings
 from hetero_attn.models.config import ModelError
 from hetero_attn.profile import DeviceProfile, load_profile
@@ -41,6 +43,22 @@ class Hosts:
 
     ranks: tuple[Host, ...]
     link: LinkModel | None = None
+
+
+def kept_by_communicator(hosts: Hosts) -> tuple[str, int]:
+    """Whose communicator these ranks would have, as rank 0's profile prefers them, and the bytes it keeps of each rank's device; ('', 0)
+    where it keeps none. Of several hosts it is torch.distributed's."""
+    profiles = [each.profile for each in hosts.ranks]
+    if len(profiles) == 1 or len({each.name for each in hosts.ranks}) > 1:
+        return "", 0
+    for name in profiles[0].communicators:
+        if name == BASE:
+            break
+        if all(name in profile.communicators and profile.device == profiles[0].device for profile in profiles):
+            kept = registry.find(name).communicator_bytes(profiles[0], len(profiles))
+            if kept:
+                return name, kept
+    return "", 0
 
 
 def read_hosts(path: str | Path) -> Hosts:

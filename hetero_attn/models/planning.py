@@ -33,7 +33,7 @@ from hetero_attn.models.cooperation import (
     sharing,
 )
 from hetero_attn.models.decoder import Decoder
-from hetero_attn.models.hosts import Host, Hosts, read_hosts
+from hetero_attn.models.hosts import Host, Hosts, kept_by_communicator, read_hosts
 from hetero_attn.models.placing import RESERVE
 from hetero_attn.models.weights import Checkpoint
 from hetero_attn.parallel.partition import Speed, shares, uneven
@@ -66,10 +66,16 @@ class RankPlan:
     compute_s: float
     disk_s: float
     placement: Placement | None = None              # of the KV cache, where the device has a memory of its own; cache: the device's part
+    communicator: int = 0                           # what the communicator keeps of the device
+
+    @property
+    def beside_cache(self) -> int:
+        """What is there whatever lies in the cache, weights apart."""
+        return self.process + self.communicator + self.activations
 
     @property
     def total(self) -> int:
-        return self.process + self.held + self.window + self.cache + self.activations
+        return self.beside_cache + self.held + self.window + self.cache
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class ModelPlan:
     codec: str
     remarks: tuple[str, ...]
     cooperation: Cooperation | None = None
+    communicator: str = ""                          # whose it is, where it keeps memory of the device
 
 
 def split_for(path: str | Path, hosts: Hosts, vocabulary: str) -> tuple[Partition, ...]:
@@ -109,8 +116,8 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
     if len(hosts.ranks) > config.q_heads:
         raise ModelError(f"{len(hosts.ranks)} ranks are more than the model's {config.q_heads} query heads; leave some out")
     total = sum(map(checkpoint.bytes_of, _shards(config, checkpoint, None, 0, 1, "master", layers_only=True)))
-    together = sharing(hosts.ranks)
-    speeds = [_speed(host, config, checkpoint, dtype, context, vocabulary, rank, len(hosts.ranks), together)
+    together, (communicator, kept) = sharing(hosts.ranks), kept_by_communicator(hosts)
+    speeds = [_speed(host, config, checkpoint, dtype, context, vocabulary, rank, len(hosts.ranks), together, kept)
               for rank, host in enumerate(hosts.ranks)]
     try:
         parts = shares(total, speeds)
@@ -118,7 +125,8 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
                             ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context, together) for host, partition in zip(hosts.ranks, partitions))
+    ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context, together, kept)
+                  for host, partition in zip(hosts.ranks, partitions))
     link = _survey(hosts)
     reduce_s, algorithm, codec = _sums(hosts, link, config, dtype, 1)
     prefill_reduce_s, *_ = _sums(hosts, link, config, dtype, PROMPT)
@@ -129,7 +137,7 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
     first_token = max(max(_prefill_s(each, dtype, together) + prefill_reduce_s, each.disk_s) for each in ranks)
     alone = _alone(hosts, config, checkpoint, dtype, context)
     return ModelPlan(ranks, context, _largest_context(ranks, config, dtype, found), first_token, token, reduce_s, alone, algorithm, codec,
-                     (*remarks, *_remarks(link, ranks, token, reduce_s, alone, codec)), found)
+                     (*remarks, *_remarks(link, ranks, token, reduce_s, alone, codec)), found, communicator)
 
 
 def _shards(config, checkpoint: Checkpoint, partition: Partition | None, rank: int, world_size: int, vocabulary: str, *, layers_only=False):
@@ -164,14 +172,15 @@ def _memory(host: Host) -> int:
     return host.memory if host.memory is not None else int(_number(host, "memory_gib", "device memory, GiB") * 2**30)
 
 
-def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, context, vocabulary, rank, world_size, together) -> Speed:
+def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, context, vocabulary, rank, world_size, together,
+           kept: int) -> Speed:
     """What an even share would leave of the rank's memory for weights: a start that the split then improves on."""
     try:
         even = Partition.of(rank, world_size, q_heads=config.q_heads, kv_heads=config.kv_heads, ffn=config.intermediate_size,
                             vocab=config.vocab_size, vocabulary=vocabulary)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    fixed = _fixed(host, even, config, dtype, context)
+    fixed = _fixed(host, even, config, dtype, context) + kept
     disk = host.profile.hardware.disk_gbps if host.profile.device == "cpu" else None
     window = _window(config, checkpoint, even) if disk else 0
     vocab = 0 if disk else 2 * len(even.vocab) * config.hidden_size * dtype.itemsize
@@ -200,8 +209,9 @@ def _window(config: ModelConfig, checkpoint: Checkpoint, partition: Partition) -
 
 def _rank(
     host: Host, partition: Partition, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, context: int,
-    together: dict[str, int],
+    together: dict[str, int], kept: int = 0,
 ) -> RankPlan:
+    """kept: bytes of the device that the communicator keeps."""
     every = _shards(config, checkpoint, partition, partition.rank, partition.world_size, partition.vocabulary)
     weights = sum(checkpoint.bytes_of(shard) for shard in every)
     table = sum(checkpoint.bytes_of(shard) for shard in every if shard.name == "model.embed_tokens.weight")
@@ -212,11 +222,11 @@ def _rank(
     if cooperates(host):
         weights, table = ((sum(shard.into.numel() for shard in each) * dtype.itemsize) for each in          # cast as they are loaded
                           (every, [shard for shard in every if shard.name == "model.embed_tokens.weight"]))
-        room = memory - process - activations - weights
+        room = memory - process - kept - activations - weights
         if room > 0:
             placement = placed(host, partition, config, dtype, context, room, together[host.name])
         cache = placement.device_bytes if placement else 0
-    room = memory - process - cache - activations
+    room = memory - process - kept - cache - activations
     disk = 0.0 if cooperates(host) else (host.profile.hardware.disk_gbps or 0.0) * 1e9
     # A token goes through one row of the table and all of the head, where they are not one.
     used = weights - (0 if config.tied_embeddings else table)
@@ -236,7 +246,7 @@ def _rank(
     experts = config.experts_per_token / config.experts if config.experts else 1.0
     compute = used * experts / _bandwidth(host, together)
     return RankPlan(host, partition, weights, held, streamed, cache, activations, window, process, memory, compute,
-                    streamed / disk if disk else 0.0, placement)
+                    streamed / disk if disk else 0.0, placement, kept)
 
 
 def _prefill_s(rank: RankPlan, dtype: torch.dtype, together: dict[str, int]) -> float:

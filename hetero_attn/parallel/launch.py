@@ -139,7 +139,7 @@ def sweep_abandoned() -> None:
 def _run_rank(call: tuple) -> bytes:
     """In the rank: arrange to die with the parent, then call the function; the result pickled, a failure written down for the parent."""
     fn, args, folder, parent, threads = call
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C reaches the whole terminal: end without a traceback, the parent speaks
     rank = int(os.environ["RANK"])
     (Path(folder) / f"pid.{rank}").write_text(str(os.getpid()))   # for the watch
@@ -168,7 +168,7 @@ def _run_rank(call: tuple) -> bytes:
     raise SystemExit(1)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """SIGKILL for this process when its parent dies, however it dies (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

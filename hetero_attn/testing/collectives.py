@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from hetero_attn.testing.tolerances import mismatch
 
 EPS = 1e-5
 OUT_FEATURES = 6
+Found = tuple[str | None, str]         # a complaint or None, and the digest of what all ranks share
 STARTABLE = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_reduce_rms_norm")
 
 
@@ -102,7 +103,7 @@ def call(communicator: Communicator, case: CollectiveCase, *, started: bool) -> 
     return results, None if torch.equal(memory, before) else "x was written"
 
 
-def check_case(communicator: Communicator, case: CollectiveCase) -> tuple[str | None, str]:
+def check_case(communicator: Communicator, case: CollectiveCase) -> Found:
     """Run a case in this rank, both forms: (complaint or None, digest of the results that all ranks share)."""
     wanted = expected(case, communicator.rank, communicator.world_size)
     digests = []
@@ -133,24 +134,36 @@ def digest(x: torch.Tensor) -> str:
     return hashlib.sha256(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def _whole_suite(communicator: Communicator) -> dict[str, tuple[str | None, str]]:
-    """Every case and behaviour in this rank, by name. After a CommunicatorError nothing more can run: the rest fails with it."""
-    done: dict[str, tuple[str | None, str]] = {}
-    checks: list[tuple[str, Callable[[], tuple[str | None, str]]]] = [
-        (case.name, functools.partial(check_case, communicator, case)) for case in CASES
+def suite_names(cases: Sequence[CollectiveCase] = CASES) -> list[str]:
+    """Cases and all behaviours, in the order in which they run."""
+    return [*(case.name for case in cases), *BEHAVIOURS]
+
+
+def whole_suite(communicator: Communicator, cases: Sequence[CollectiveCase] = CASES,
+                told: Callable[[str, Found | None], None] = lambda name, found: None) -> dict[str, Found]:
+    """Cases and all behaviours in this rank, by name. After a CommunicatorError nothing more can run: the rest fails with it.
+
+    told: hears of each, when it begins (None) and when it has run, so that a rank that is stopped has said how far it was.
+    """
+    done: dict[str, Found] = {}
+    checks: list[tuple[str, Callable[[], Found]]] = [
+        (case.name, functools.partial(check_case, communicator, case)) for case in cases
     ]
     checks += [(name, functools.partial(_behaviour, communicator, check)) for name, check in BEHAVIOURS.items()]
     for name, check in checks:
+        told(name, None)
         try:
             done[name] = check()
         except CommunicatorError as error:
+            told(name, (f"CommunicatorError: {error}", ""))
             return done | {left: (f"CommunicatorError: {error}", "") for left, _ in checks if left not in done}
         except Exception:
             done[name] = traceback.format_exc(), ""
+        told(name, done[name])
     return done
 
 
-def _behaviour(communicator: Communicator, check: Callable[[Communicator], str | None]) -> tuple[str | None, str]:
+def _behaviour(communicator: Communicator, check: Callable[[Communicator], str | None]) -> Found:
     return check(communicator), ""
 
 
@@ -160,19 +173,24 @@ def run_suite(communicator: str, world_size: int) -> dict[str, str | None]:
 
     Raises RankFailure when a rank dies, and LookupError with the reasons when the communicator cannot be had here.
     """
-    outcomes = alone(_whole_suite) if communicator == "solo" else on_ranks(_whole_suite, (), world_size, communicator=communicator)
+    outcomes = alone(whole_suite) if communicator == "solo" else on_ranks(whole_suite, (), world_size, communicator=communicator)
     if all(outcome.error == "CommunicatorError" for outcome in outcomes):
         raise LookupError(outcomes[0].text)
-    return {name: _verdict(name, outcomes) for name in [*(case.name for case in CASES), *BEHAVIOURS]}
+    return {name: verdict(name, outcomes) for name in suite_names()}
 
 
-def _verdict(name: str, outcomes: list[Outcome]) -> str | None:
+def verdict(name: str, outcomes: list[Outcome]) -> str | None:
     """What the ranks say about one case, together: the first complaint, or that their bits differ."""
-    digests = {}
     for rank, outcome in enumerate(outcomes):
         if outcome.error:
             return f"rank {rank}: {outcome.traceback}"
-        complaint, digests[rank] = outcome.result[name]
+    return together([outcome.result[name] for outcome in outcomes])
+
+
+def together(found: list[Found]) -> str | None:
+    """The same of what each rank found, in rank order."""
+    for rank, (complaint, _) in enumerate(found):
         if complaint:
             return f"rank {rank}: {complaint}"
+    digests = {rank: own for rank, (_, own) in enumerate(found)}
     return None if len(set(digests.values())) == 1 else f"the ranks' bits differ: {digests}"

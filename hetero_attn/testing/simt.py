@@ -232,7 +232,7 @@ class SimtLauncher:
         self.launched: deque[tuple[str, Counts]] = deque(maxlen=64)
         self._programs: dict[Any, Program] = {}
 
-    def unavailable_reasons(self) -> list[str]:
+    def unavailable_reasons(self, index: int | None = None) -> list[str]:
         reason = compiler_reason()
         return [f"the executor needs a C++ compiler: {reason}"] if reason else []
 

@@ -1,23 +1,31 @@
 """python -m hetero_attn.testing.gpu [--only NAMES] [--quick] [--minutes M] [--json FILE] [--page FILE]: check and measure this GPU.
 
-Exit code 0: all passed; 1: one failed, is below its bar, or all were skipped; 2: bad arguments; 3: there is no GPU here.
+Exit code 0: all passed; 1: one failed, is below its bar, or all were skipped; 2: bad arguments; 3: no GPU here, or a package is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from hetero_attn.testing.gpu import checks
-from hetero_attn.testing.gpu.outcome import BELOW, FAILED, SKIPPED, Outcome
-from hetero_attn.testing.gpu.page import page_path, text_of, versions, written
-
 NO_DEVICE = 3
+
+try:
+    from hetero_attn.testing.gpu import checks
+    from hetero_attn.testing.gpu.outcome import BELOW, FAILED, SKIPPED, Outcome
+    from hetero_attn.testing.gpu.page import page_path, text_of, versions, written
+except ModuleNotFoundError as missing:               # of the base installation; what else may be absent is found out by the checks
+    print(f"gpu-check needs {missing.name or missing}, which is not installed here; it needs torch, pyyaml, numpy and safetensors, "
+          "and neither pytest nor this project's own installation")
+    raise SystemExit(NO_DEVICE) from None
 
 
 def need() -> str | None:
@@ -47,6 +55,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{check.name:12} {check.about}" for check in checks.CHECKS))
         return 0
+    with orderly_end():
+        return checked(parser, args)
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """What would end this process at once ends its children first: Python unwinds."""
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Run what was asked for; the exit code."""
     try:
         wanted = checks.selected(args.only)
     except ValueError as error:

@@ -12,26 +12,25 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from hetero_attn import registry
 from hetero_attn.spec import dtype_name
 from hetero_attn.testing.attention_cases import plain_cases
-from hetero_attn.testing.gpu import attention_bench, ceilings, cooperation, graphs, groups, norm_bench
+from hetero_attn.testing.collectives import suite_names
+from hetero_attn.testing.gpu import attention_bench, ceilings, cooperation, graphs, group_graphs, group_suite, groups, norm_bench
+from hetero_attn.testing.gpu.apart import apart
+from hetero_attn.testing.gpu.children import child, ended, last_words, started
 from hetero_attn.testing.gpu.outcome import FAILED, PASSED, Figure, Outcome, judged, skipped
 
 LIMIT_S = 540                          # of one child: a part of a backend's suite
 MINUTES = 25.0                         # of the whole run, --minutes
 QUICK_SHARE = 12                       # with --quick, one case in so many
-ROOT = Path(__file__).parents[3]
 
 
 @dataclass
@@ -58,58 +57,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Check:
-    """name: for --only. about: a line for --list."""
+    """name: for --only. about: a line for --list. apart: whether it runs in a process of its own, see apart.py."""
 
     name: str
     about: str
     run: Callable[[Run], Outcome]
-
-
-def child(module: str, arguments: list[str], limit_s: float, before: tuple[str, ...] = (),
-          environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """python -m module in a process group of its own, with this checkout in its path; see ended()."""
-    return ended([started(module, arguments, before, environment)], limit_s)[0]
-
-
-def started(module: str, arguments: list[str], before: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> subprocess.Popen:
-    paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
-    known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
-    command = [*before, sys.executable, "-m", module, *arguments]
-    out, errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")       # files: a full pipe would stop a child nobody reads
-    process = subprocess.Popen(command, env=known, stdout=out, stderr=errors, text=True, start_new_session=True)
-    process.told = (out, errors)
-    return process
-
-
-def ended(processes: list[subprocess.Popen], limit_s: float) -> list[subprocess.CompletedProcess]:
-    """What children said once all have ended. After limit_s seconds their groups are killed, with all that they started; the return code
-    of such a child is -9, and what it had said is kept."""
-    deadline, done = time.monotonic() + limit_s, []
-    try:
-        for process in processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _kill(process)
-    finally:
-        for process in processes:
-            _kill(process)                           # also where a child has gone and left children of its own
-    for process in processes:
-        texts = []
-        for file in process.told:
-            file.seek(0)
-            texts.append(file.read())
-            file.close()
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, *texts))
-    return done
-
-
-def _kill(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+    apart: bool = False
 
 
 def collected(name: str, done: subprocess.CompletedProcess) -> tuple[dict, str]:
@@ -118,14 +71,10 @@ def collected(name: str, done: subprocess.CompletedProcess) -> tuple[dict, str]:
         if line.startswith("{"):
             found = json.loads(line)
             counts = f"{found['passed']} passed, {found['objected']} objected to, {found['failures']} failed"
-            rest = "" if found.get("whole", True) else f", then the process ended with {done.returncode}: {_last(done.stderr)}"[:400]
+            rest = "" if found.get("whole", True) else f", then the process ended with {done.returncode}: {last_words(done.stderr)}"[:400]
             return found, f"{name}: {counts} in {found['seconds']} s{rest}"
-    last = _last(done.stderr.strip() or done.stdout)
+    last = last_words(done.stderr.strip() or done.stdout)
     return {}, f"{name}: the process ended with {done.returncode}: {last}"[:600]
-
-
-def _last(text: str) -> str:
-    return " | ".join((text.strip() or "it said nothing").splitlines()[-3:])
 
 
 def conformance(run: Run) -> Outcome:
@@ -203,15 +152,19 @@ def limits(run: Run) -> Outcome:
 
 CHECKS = (
     Check("conformance", "the attention suite on every available backend, a process each", conformance),
-    Check("twin", "the hopper communicator without multicast: two processes on one GPU", lambda run: groups.twin(run.device)),
-    Check("alone", "a world of one", lambda run: groups.alone(run.device)),
-    Check("mixed", "a group of one GPU rank and one CPU rank", lambda run: groups.mixed(run.device)),
-    Check("graphs", "CUDA graphs: captured calls against plain ones", lambda run: graphs.graphs(run.device)),
+    Check("twin", "the hopper communicator without multicast: two processes on one GPU", lambda run: groups.twin(run.device), True),
+    Check("alone", "a world of one", lambda run: groups.alone(run.device), True),
+    Check("mixed", "a group of one GPU rank and one CPU rank", lambda run: groups.mixed(run.device), True),
+    Check("collectives", f"the collectives suite, {len(suite_names())} cases, on these three groups",
+          lambda run: group_suite.suite(run.device, run.left_s(), run.quick), True),
+    Check("graphs", "CUDA graphs: captured attention and norms against plain calls", lambda run: graphs.graphs(run.device), True),
+    Check("replays", f"CUDA graphs of {len(group_graphs.EXCHANGES)} collectives, on the twin and alone, replayed on other inputs",
+          lambda run: group_graphs.replays(run.device, run.left_s()), True),
     Check("sanitizer", "compute-sanitizer over small cases, where it is installed", sanitizer),
     Check("fused", "the fused all-reduce and norm, alone and as a pair on one GPU, beside add and norm",
-          lambda run: groups.fused(run.device, quick=run.quick)),
+          lambda run: groups.fused(run.device, quick=run.quick), True),
     Check("cooperation", "KV on the device against KV in host memory: logits, memory, times",
-          lambda run: cooperation.cooperation(run.device, run.quick)),
+          lambda run: cooperation.cooperation(run.device, run.quick), True),
     Check("ceilings", "rate of 16-bit products, bandwidth of a copy", limits),
     Check("prefill", "prefill against torch SDPA and compiled FlexAttention",
           lambda run: attention_bench.prefill(run.device, run.ceilings(), run.quick)),
@@ -234,11 +187,11 @@ def selected(only: str | None) -> list[Check]:
     return [check for check in CHECKS if check.name in wanted]
 
 
-def carried_out(check: Check, run: Run) -> Outcome:
-    """Run one check."""
+def carried_out(check: Check, run: Run, *, inside: bool = False) -> Outcome:
+    """Run one check. inside: this is the process of its own."""
     begin = time.perf_counter()
     try:
-        outcome = check.run(run)
+        outcome = apart(check, run) if check.apart and not inside else check.run(run)
     except subprocess.TimeoutExpired as error:
         outcome = Outcome(FAILED, f"no end after {error.timeout:.0f} s")
     except Exception as error:

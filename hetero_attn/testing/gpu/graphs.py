@@ -6,29 +6,25 @@ tables are read on the device. A backend that waits for the device, or allocates
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hetero_attn import registry
+from hetero_attn.backend import UnsupportedError
 from hetero_attn.ops import attention, attention_varlen
+from hetero_attn.testing.gpu.graph_seam import Seam, seam_of
 from hetero_attn.testing.gpu.outcome import FAILED, PASSED, Outcome, skipped
 
 CAPTURABLE = ("triton", "hopper")                    # what promises it; sdpa's packed route runs sequence by sequence
+RIGHT, OBJECTED = "as a plain call", "it does not take the call"
 
 
-def captured(call, refill) -> bool:
+def as_plain(call, refill, seam) -> bool:
     """Whether a captured call, replayed after `refill()` has put other numbers into its tensors, equals a plain call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):                  # what is compiled or allocated on first use is so before the capture
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    (out,), replay = seam.captured(lambda: (call(),))
     refill()
-    graph.replay()
-    torch.cuda.synchronize()
+    replay()
     return torch.equal(out, call())
 
 
@@ -39,16 +35,19 @@ def graphs(device: torch.device) -> Outcome:
     names = [name for name in CAPTURABLE if name in registry.names() and not registry.unavailable(registry.get(name))]
     if not names:
         return skipped(f"none of {', '.join(CAPTURABLE)} is available here")
-    lines, failed = [], False
-    for name in names:
-        for what, make in (("prefill", _prefill), ("decode over pages", _decode), ("norm", _norm)):
-            try:
-                verdict = "as a plain call" if captured(*make(name, device)) else "DIFFERS from a plain call"
-            except Exception as error:
-                verdict = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
-            failed |= verdict != "as a plain call"
-            lines.append(f"{name}, {what}: {verdict}")
-    return Outcome(FAILED if failed else PASSED, "\n".join(lines))
+    found = [(name, what, verdict(name, make, device, seam_of(device))) for name in names for what, make in CALLS.items()]
+    failed = any(words not in (RIGHT, OBJECTED) for *_, words in found)
+    return Outcome(FAILED if failed else PASSED, "\n".join(f"{name}, {what}: {words}" for name, what, words in found))
+
+
+def verdict(name: str, make: Callable, device: torch.device, seam: Seam) -> str:
+    """Of one call of a backend, in words: RIGHT, OBJECTED (it does not take the call, captured or not), or what is wrong."""
+    try:
+        return RIGHT if as_plain(*make(name, device), seam) else "DIFFERS from a plain call"
+    except UnsupportedError as error:
+        return OBJECTED if any(error.reasons.values()) else f"UnsupportedError: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
 
 
 def _prefill(name: str, device: torch.device):
@@ -75,3 +74,6 @@ def _decode(name: str, device: torch.device):
 def _norm(name: str, device: torch.device):
     x, weight = torch.randn(33, 1024, dtype=torch.bfloat16, device=device), torch.randn(1024, dtype=torch.bfloat16, device=device)
     return lambda: registry.get(name).rms_norm(x, weight, 1e-5), lambda: x.normal_()
+
+
+CALLS = {"prefill": _prefill, "decode over pages": _decode, "norm": _norm}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 
 import torch
 
 from hetero_attn import registry
 from hetero_attn.collectives import init_communicator
-from hetero_attn.communicator import Communicator, SoloCommunicator, shard_rows
+from hetero_attn.communicator import Communicator, shard_rows
 from hetero_attn.norm import rms_norm
 from hetero_attn.parallel.launch import RankFailure, run_ranks
 from hetero_attn.profile import load_profile
@@ -25,6 +26,41 @@ OVERLAPPING = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 SITE, EPS, TIMEOUT_S, LIMIT_S = "layers.0.o_proj", 1e-5, 30.0, 240.0
 ROWS, WIDTHS = (1, 2, 7, 64, 333), (64, 4096, 8192)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Ranks and where they live: rank r on devices[r], with the communicator of that name; a lone rank has SoloCommunicator."""
+
+    name: str
+    communicator: str
+    devices: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.communicator} on {' and '.join(self.devices)}"
+
+
+def groups_of(device: torch.device, twin: str = "hopper") -> tuple[Group, ...]:
+    """What one GPU allows: two ranks on it by backend `twin`'s communicator, one alone, and one beside a CPU's, over gloo."""
+    own = str(device)
+    return Group("twin", twin, (own, own)), Group("alone", "solo", (own,)), Group("mixed", "distributed", (own, "cpu"))
+
+
+def objections(group: Group) -> list[str]:
+    """Why a group cannot be had on this machine; [] = it can be tried."""
+    if group.communicator in ("solo", "distributed"):
+        return []
+    if group.communicator not in registry.names():
+        return [f"there is no backend {group.communicator!r} here; known are {', '.join(registry.names())}"]
+    return registry.communicator_unavailable(registry.get(group.communicator))
+
+
+def joined(group: Group) -> Communicator:
+    """In a rank: the group's communicator and no other. Raises CommunicatorError with the reasons against it."""
+    device = torch.device(group.devices[int(os.environ["RANK"])])
+    known = load_profile("cpu" if device.type == "cpu" else None)
+    names = known.communicators if group.communicator == "solo" else (group.communicator,)
+    return init_communicator(dataclasses.replace(known, communicators=names), timeout_s=TIMEOUT_S, device=device)
 
 
 def values(name: str, rank: int, *shape: int) -> torch.Tensor:
@@ -60,56 +96,43 @@ def complaints(communicator: Communicator, device: torch.device, rows=ROWS, widt
     return [line for line in wrong if line]
 
 
-def in_rank(name: str, devices: tuple[str, ...], widths: tuple[int, ...]) -> tuple[str, list[str]]:
-    """One rank of a group whose rank r lives on devices[r], with the communicator of that name: (what serves, complaints)."""
-    import os
-
-    device = torch.device(devices[int(os.environ["RANK"])])
-    profile = dataclasses.replace(load_profile("cpu" if device.type == "cpu" else None), communicators=(name,))
-    with init_communicator(profile, timeout_s=TIMEOUT_S, device=device) as communicator:
-        return type(communicator).__name__, complaints(communicator, device, widths=widths)
+def in_rank(group: Group, widths: tuple[int, ...]) -> tuple[str, list[str]]:
+    """One rank of a group: (what serves, complaints)."""
+    with joined(group) as communicator:
+        return type(communicator).__name__, complaints(communicator, communicator.device, widths=widths)
 
 
 def twin(device: torch.device, name: str = "hopper") -> Outcome:
     """Two processes on one GPU by the communicator of backend `name`: without multicast it must serve, and right."""
-    if name not in registry.names():
-        return skipped(f"there is no backend {name!r} here; known are {', '.join(registry.names())}")
-    backend = registry.get(name)
-    if reasons := registry.communicator_unavailable(backend):
-        return skipped(f"{name}: {'; '.join(reasons)}")
-    return _ranks(name, (str(device), str(device)), WIDTHS, OVERLAPPING)
-
-
-def mixed(device: torch.device) -> Outcome:
-    """A tensor-parallel group of one GPU rank and one CPU rank, over gloo."""
-    return _ranks("distributed", (str(device), "cpu"), WIDTHS[:2], {})
-
-
-def _ranks(name: str, devices: tuple[str, ...], widths: tuple[int, ...], env: dict[str, str]) -> Outcome:
-    try:
-        found = run_ranks(in_rank, (name, devices, widths), len(devices), timeout_s=LIMIT_S, env=env)
-    except RankFailure as failure:
-        return Outcome(FAILED, f"{name} on {', '.join(devices)}: {failure}")
-    wrong = [f"rank {rank}: {line}" for rank, (_, lines) in enumerate(found) for line in lines]
-    text = f"{found[0][0]} on {', '.join(devices)}, {len(ROWS) * len(widths) * len(DTYPES)} shapes and dtypes"
-    return Outcome(FAILED if wrong else PASSED, text + "".join(f"\n{line}" for line in wrong[:8]))
+    return _ranks(groups_of(device, name)[0], WIDTHS)
 
 
 def alone(device: torch.device) -> Outcome:
     """A world of one on the device."""
-    with SoloCommunicator(device=device) as communicator:
-        wrong = complaints(communicator, device, widths=WIDTHS[:2])
-    return Outcome(FAILED if wrong else PASSED, f"a world of one on {device}" + "".join(f"\n{line}" for line in wrong[:8]))
+    return _ranks(groups_of(device)[1], WIDTHS[:2])
 
 
-def timed_rank(name: str, devices: tuple[str, ...], tokens: tuple[int, ...], hidden: int, rounds: int) -> tuple[str, list[dict]]:
+def mixed(device: torch.device) -> Outcome:
+    """A tensor-parallel group of one GPU rank and one CPU rank, over gloo."""
+    return _ranks(groups_of(device)[2], WIDTHS[:2])
+
+
+def _ranks(group: Group, widths: tuple[int, ...]) -> Outcome:
+    if reasons := objections(group):
+        return skipped(f"{group}: {'; '.join(reasons)}")
+    try:
+        found = run_ranks(in_rank, (group, widths), len(group.devices), timeout_s=LIMIT_S, env=OVERLAPPING)
+    except RankFailure as failure:
+        return Outcome(FAILED, f"{group}: {failure}")
+    wrong = [f"rank {rank}: {line}" for rank, (_, lines) in enumerate(found) for line in lines]
+    text = f"{found[0][0]} on {', '.join(group.devices)}, {len(ROWS) * len(widths) * len(DTYPES)} shapes and dtypes"
+    return Outcome(FAILED if wrong else PASSED, text + "".join(f"\n{line}" for line in wrong[:8]))
+
+
+def timed_rank(group: Group, tokens: tuple[int, ...], hidden: int, rounds: int) -> tuple[str, list[dict]]:
     """One rank: (what serves, for each T of tokens the medians of its fused norm, and of an add and a norm without any exchange)."""
-    import os
-
-    device = torch.device(devices[int(os.environ["RANK"])])
-    profile = dataclasses.replace(load_profile("cpu" if device.type == "cpu" else None), communicators=(name,))
-    with init_communicator(profile, timeout_s=TIMEOUT_S, device=device) as communicator:
-        found = []
+    with joined(group) as communicator:
+        device, found = communicator.device, []
         for T in tokens:
             x = communicator.empty((T, hidden), torch.bfloat16)
             x.zero_()
@@ -126,14 +149,15 @@ def timed_rank(name: str, devices: tuple[str, ...], tokens: tuple[int, ...], hid
 def fused(device: torch.device, name: str = "hopper", quick: bool = False) -> Outcome:
     """Microseconds of the fused all-reduce and norm by backend `name`'s communicator, alone and as a pair on this device, beside a residual
     add and a norm that exchange nothing: what the exchange costs on top. No bar: a pair on one GPU shares its memory and its units."""
-    if name != "distributed" and (name not in registry.names() or registry.unavailable(registry.get(name))):
-        return skipped(f"backend {name!r} is not available here")
+    pair = groups_of(device, name)[0]
+    if reasons := objections(pair):
+        return skipped(f"{pair}: {'; '.join(reasons)}")
     tokens, hidden, rounds = ((64, 1024, 4096), 8192, 10 if quick else 40) if device.type == "cuda" else ((16,), 64, 3)
     table, wrong = [("ranks", "serves", "tokens", "fused, us", "add and norm, us")], []
     for ranks in (1, 2):
         try:
-            serves, found = run_ranks(timed_rank, (name, (str(device),) * ranks, tokens, hidden, rounds), ranks, timeout_s=LIMIT_S,
-                                      env=OVERLAPPING)[0]
+            group = dataclasses.replace(pair, devices=pair.devices[:ranks])
+            serves, found = run_ranks(timed_rank, (group, tokens, hidden, rounds), ranks, timeout_s=LIMIT_S, env=OVERLAPPING)[0]
         except RankFailure as failure:
             wrong.append(f"{ranks} ranks: {failure}")
             continue

@@ -40,6 +40,12 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"figures": [asdict(figure) | {"reached": figure.reached} for figure in self.figures]}
 
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Outcome:
+        """What to_dict() gave, also by way of JSON."""
+        figures = tuple(Figure(**{name: value for name, value in each.items() if name != "reached"}) for each in found["figures"])
+        return cls(**found | {"figures": figures, "table": tuple(map(tuple, found["table"]))})
+
 
 def judged(text: str, figures: list[Figure], table: list[tuple[str, ...]], missing: list[str] = ()) -> Outcome:
     """An outcome by its figures: passed where all reach their bars. missing: bars that nothing could be held to, which is a failure."""
