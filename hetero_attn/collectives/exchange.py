@@ -182,7 +182,7 @@ class Exchange:
             return total.split(counts)[self.rank].clone()
         item = flat.element_size()
         parts = yield from self._swap(_as_bytes(flat), [count * item for count in counts], own * item)
-        return sum_in_rank_order(parts.view(flat.dtype), flat.dtype)
+        return sum_in_rank_order(parts.flatten().view(flat.dtype).view(self.world_size, own), flat.dtype)
 
     def _swap(self, flat: torch.Tensor, sizes: list[int], own: int) -> Steps:
         """flat uint8 [sum of sizes], sizes[r] bytes for rank r -> uint8 [N, own], from each rank what it had for this one."""
