@@ -29,6 +29,11 @@ CASES = 40 if FULL else 3
 _decoders = {}
 
 
+def pieces(rows, each):
+    """So many rows at a time, what remains at the end; all at once where each is 0."""
+    return (*[each] * (rows // each), *([rows % each] if rows % each else [])) if each else ()
+
+
 def solo(name):
     if name not in _decoders:
         _decoders[name] = family_decoder(name, SoloCommunicator())
@@ -36,13 +41,13 @@ def solo(name):
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.randoms(use_true_random=False), st.sets(st.integers(1, 60), max_size=4),
-       st.sets(st.integers(1, 60), max_size=4))
+       st.sets(st.integers(1, 60), max_size=4), st.integers(0, 20))
 @settings(max_examples=400 if FULL else 40, deadline=None)
-def test_any_cut_on_one_rank(name, draw, boundaries, tiles):
+def test_any_cut_on_one_rank(name, draw, boundaries, tiles, piece):
     decoder, batch = solo(name), random_batch(draw)
     decoder.schedule = Schedule()
     expected = run_batch(decoder, *batch)
-    decoder.schedule = Given(boundaries, tiles)
+    decoder.schedule = Given(boundaries, tiles, lambda rows: pieces(rows, piece))
     assert apart(run_batch(decoder, *batch), expected) <= TOLERANCE
 
 
@@ -97,7 +102,9 @@ def all_families(communicator, seed: int) -> dict:
             boundaries = [draw.randint(1, 40) for _ in range(draw.randint(0, 3))]
             tiles = [draw.randint(1, 40) for _ in range(draw.randint(0, 3))]
             found = []
-            for schedule in (Schedule(), Given(), Given(boundaries, tiles)):
+            piece = communicator.world_size * draw.randint(0, 4)
+            tapered = Given(boundaries, (), lambda rows, piece=piece: pieces(rows, piece))
+            for schedule in (Schedule(), Given(), Given(boundaries, tiles), tapered):
                 decoder.schedule = schedule
                 found.append(run_batch(decoder, *batch))
             if found[0][0] is not None:

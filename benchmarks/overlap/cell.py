@@ -52,8 +52,9 @@ def measure(job: Job) -> dict[str, Any]:
         busy = _busy(decoder)
         places = places_of(decoder, profile)
         made: dict[str, Schedule] = {
-            "plain": Plain(places), NO_COMM: Plain(places), "weave 2": Weave(places, 2), "weave 3": Weave(places, 3),
-            "weave 4": Weave(places, 4), "tiled": Tiled(places, None, costs), "auto": Auto(places, costs),
+            "plain": Plain(places), NO_COMM: Plain(places), "weave 2": Weave(places, 2, costs),
+            "weave 3": Weave(places, 3, costs), "weave 4": Weave(places, 4, costs), "tiled": Tiled(places, None, costs),
+            "auto": Auto(places, costs),
         }
         schedules = {name: made[name] for name in job.contenders}
         cells = [_cell(decoder, schedules, costs, busy, [tokens], [tokens], job) for tokens in job.tokens]
@@ -95,7 +96,7 @@ def _simulated(costs: Costs, busy: float, cut: Cut, counts: list[int], lengths: 
     found = costs.simulated(cut, counts, lengths, layers)
     if not cut.overlaps:
         return found
-    seconds, more = costs.of(cut, counts, lengths), 1 + busy * found.communication / found.compute
+    seconds, more = costs.of(cut, counts, lengths, layers), 1 + busy * found.communication / found.compute
     return simulate(2 * layers, cut, lambda task: seconds(task) * (more if task.lane == COMPUTE else 1))
 
 

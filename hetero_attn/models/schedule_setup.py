@@ -84,7 +84,8 @@ def places_of(decoder, profile: DeviceProfile) -> Places:
     alignment = overlap.row_alignment or (overlap.tile_shape or hardware.matrix_shape or (1,))[0]
     layer = decoder.layers[0]
     widths = [sum(layer.attention.qkv_proj.sizes), config.hidden_size, 2 * len(decoder.partition.ffn), config.hidden_size]
-    return Places(overlap.shard_tokens, overlap.min_tokens_moe if config.experts else overlap.min_tokens, alignment, tiles, tuple(widths))
+    return Places(overlap.shard_tokens, overlap.min_tokens_moe if config.experts else overlap.min_tokens, alignment, tiles, tuple(widths),
+                  decoder.communicator.world_size)
 
 
 def worth_measuring(communicator: Communicator) -> bool:

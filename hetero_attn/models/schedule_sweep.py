@@ -141,7 +141,7 @@ def contenders(places, costs: Costs, tokens: int, tiles: Sequence[int] = TILES) 
     """plain, a weave of each number of parts, and the tiled cut that the costs like best. Equal cuts come once."""
     cuts = {"plain": Cut.at(tokens)}
     for parts in range(2, MOST_PARTS + 1):
-        cuts[f"weave {parts}"] = places.weave(tokens, parts)
+        cuts[f"weave {parts}"] = places.tapered(places.weave(tokens, parts), [tokens], [tokens], costs)
     cuts["tiled"] = min((places.tiled(tokens, each, costs) for each in tiles),
                         key=lambda cut: costs.seconds(cut, [tokens], [tokens]))
     kept: dict[str, Cut] = {}

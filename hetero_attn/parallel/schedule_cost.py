@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, SUM, Cut, Task, Timeline, simulate
+from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, SUM, Cut, Task, Timeline, leaves, simulate
 
 ATTENTION, MLP = "attention", "mlp"
 KINDS = (ATTENTION, MLP)                             # of a layer's blocks, in order
@@ -50,28 +50,29 @@ class Costs:
     pair_s: float = 0.0
     efficiency: float = 1.0
 
-    def of(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], *, coded: bool = False) -> Callable[[Task], float]:
-        """How long each task of a cut takes, for simulate()."""
-        pairs = [seen_pairs(rows, counts, lengths) for rows in cut.parts]
+    def of(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
+           ) -> Callable[[Task], float]:
+        """How long each task of a cut takes, for simulate() of that many layers."""
+        pairs = {rows: seen_pairs(rows, counts, lengths) for rows in (*cut.parts, *cut.entering[0])}
 
         def seconds(task: Task) -> float:
             if task.kind == EMBED:                   # an all-reduce moves as much as a sum with its norm
-                return self.pieces[SUM](len(cut.parts[task.part]))
-            if task.kind == SUM:
-                return self.pieces[CODED_SUM if coded else SUM](len(cut.tiles[task.part][task.tile]))
-            kind = KINDS[task.block % 2]
-            if task.kind == PRODUCT:
-                # A tile's product by itself; of a part that is one tile the curve has it as it is.
-                return self.pieces[f"{kind}_{PRODUCT}"](len(cut.tiles[task.part][task.tile]))
-            own = self.pieces[f"{kind}_{INNER}"](len(cut.parts[task.part]))
-            return own + (self.pair_s * pairs[task.part] if kind == ATTENTION else 0.0)
+                return self.pieces[SUM](len(cut.entering[task.part][task.tile]))
+            leaving, kind = leaves(task.block, task.part, 2 * layers, cut), KINDS[task.block % 2]
+            if task.kind == INNER:
+                rows = cut.entering[task.part][task.tile] if task.block == 0 else cut.parts[task.part]
+                own = self.pieces[f"{kind}_{INNER}"](cut.exit[task.tile] if leaving else len(rows))
+                return own + (self.pair_s * pairs[rows] if kind == ATTENTION else 0.0)
+            tile = cut.exit[task.tile] if leaving else len(cut.tiles[task.part][task.tile])
+            # A tile's product by itself; of a part that is one tile the curve has it as it is.
+            return self.pieces[f"{kind}_{PRODUCT}" if task.kind == PRODUCT else CODED_SUM if coded else SUM](tile)
 
         return seconds
 
     def simulated(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                   ) -> Timeline:
         """The step by this cut, on the cost model's clock."""
-        return simulate(2 * layers, cut, self.of(cut, counts, lengths, coded=coded))
+        return simulate(2 * layers, cut, self.of(cut, counts, lengths, layers, coded=coded))
 
     def seconds(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                 ) -> float:
@@ -79,7 +80,7 @@ class Costs:
         block what a thread that wakes beside a product costs (FURTHER)."""
         plain = self.simulated(Cut.at(cut.total), counts, lengths, layers, coded=coded).seconds
         gain = plain - self.simulated(cut, counts, lengths, layers, coded=coded).seconds
-        further = 2 * layers * max(sum(map(len, cut.tiles)) - 2, 0)
+        further = 2 * layers * max(sum(map(len, cut.tiles)) - 2, 0) + max(len(cut.entry) - 1, 0) + max(len(cut.exit) - 1, 0)
         return (plain - (self.efficiency * gain if gain > 0 else gain)
                 + FURTHER * (1 - self.efficiency) * self.pieces[SUM](FURTHER_ROWS) * further)
 
