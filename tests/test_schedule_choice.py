@@ -128,8 +128,9 @@ def test_pairs_are_counted(sequences, draw):
 
 def test_costs_go_through_the_profile_and_back():
     found = costs(2e-3, 3e-3, coded=1e-3, pair_s=5e-9, efficiency=0.8)
-    again = from_settings(found.settings(), 5.0, 0.8)
-    assert again.settings() == found.settings() and (again.pair_s, again.efficiency) == (pytest.approx(5e-9), 0.8)
+    again = from_settings(found.settings(), 5.0, 0.8, 2.5)
+    assert again.settings() == found.settings()
+    assert (again.pair_s, again.efficiency, again.further_s) == (pytest.approx(5e-9), 0.8, 2.5e-3)
     assert from_settings(found.settings()[2:], 5.0) is None                           # a piece is missing
     with pytest.raises(ValueError, match="'product'"):
         from_settings(["product 3 1.5"], None)
@@ -156,6 +157,8 @@ def test_auto_takes_what_pays_and_stays_plain_where_nothing_does():
     assert not Auto(PLACES, costs(communication=1e-6)).cut([1024], [1024]).overlaps
     assert not Auto(PLACES, costs()).cut([255], [255]).overlaps                        # below the threshold
     assert Auto(PLACES, costs()).cut([3], [3]) is None
+    assert len(Auto(PLACES, costs(), parts=4).cut([1024], [1024]).parts) == 4
+    assert len(Auto(PLACES, costs(further_s=0.05)).cut([1024], [1024]).parts) == 2     # a sum more a part is dear, however short
     assert len(Auto(PLACES, costs(), parts=4, tiles=2).cut([1024], [1024]).parts) in (1, 4)
 
 

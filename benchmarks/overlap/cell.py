@@ -61,7 +61,8 @@ def measure(job: Job) -> dict[str, Any]:
         cells += [_cell(decoder, schedules, costs, busy, [1] * decoding + [tokens], [past + 1] * decoding + [tokens], job)
                   for decoding, past, tokens in job.mixed]
         return {"communicator": type(communicator).__name__, "costs": costs.settings(), "pair_ns": costs.pair_s * 1e9,
-                "efficiency": costs.efficiency, "busy": busy, "costs_in_s": took, "shape": asdict(job.shape), "cells": cells}
+                "efficiency": costs.efficiency, "further_ms": costs.further_s * 1e3, "busy": busy,
+                "costs_in_s": took, "shape": asdict(job.shape), "cells": cells}
 
 
 def _busy(decoder) -> float:

@@ -16,8 +16,6 @@ ATTENTION, MLP = "attention", "mlp"
 KINDS = (ATTENTION, MLP)                             # of a layer's blocks, in order
 PIECES = tuple(f"{kind}_{piece}" for kind in KINDS for piece in (INNER, PRODUCT))
 CODED_SUM = "coded_sum"                              # a sum by the lossy codec that the link would gain by
-FURTHER, FURTHER_ROWS = 0.3, 128                     # a further sum beside computing costs this part of one of so many rows, as far as
-                                                     # `efficiency` lacks to 1 (fits 2 ranks on 2 cores, 300 Mbit/s and 1 Gbit/s)
 SIMULATED_LAYERS = 4                                 # the pattern repeats: more layers tell no more
 
 
@@ -44,11 +42,13 @@ class Curve:
 @dataclass(frozen=True)
 class Costs:
     """pieces: name of PIECES, SUM or CODED_SUM -> its Curve. pair_s: seconds of attention for a query and a key that it sees.
-    efficiency: the part of a simulated gain over plain that the clock has seen; what lacks to 1 is processor time that both lanes want."""
+    efficiency: the part of a simulated gain over plain that the clock has seen; what lacks to 1 is processor time that both lanes want.
+    further_s: seconds of the compute lane that an operation beside it takes, however few rows it moves (threads that wake, messages)."""
 
     pieces: Mapping[str, Curve]
     pair_s: float = 0.0
     efficiency: float = 1.0
+    further_s: float = 0.0
 
     def of(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
            ) -> Callable[[Task], float]:
@@ -76,20 +76,28 @@ class Costs:
 
     def seconds(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                 ) -> float:
-        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain, and for every sum beyond two of a
-        block what a thread that wakes beside a product costs (FURTHER)."""
+        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain (measured on halves), and further_s
+        for every operation of the communication lane beyond those of halves."""
         plain = self.simulated(Cut.at(cut.total), counts, lengths, layers, coded=coded).seconds
         gain = plain - self.simulated(cut, counts, lengths, layers, coded=coded).seconds
-        further = 2 * layers * max(sum(map(len, cut.tiles)) - 2, 0) + max(len(cut.entry) - 1, 0) + max(len(cut.exit) - 1, 0)
-        return (plain - (self.efficiency * gain if gain > 0 else gain)
-                + FURTHER * (1 - self.efficiency) * self.pieces[SUM](FURTHER_ROWS) * further)
+        further = max(operations(cut, layers) - operations(HALVES, layers), 0)
+        return plain - (self.efficiency * gain if gain > 0 else gain) + self.further_s * further
 
     def settings(self) -> list[str]:
         """As the profile's overlap.measured holds them: 'what rows milliseconds'."""
         return [f"{name} {rows} {seconds * 1e3:.4g}" for name, curve in self.pieces.items() for rows, seconds in curve.points]
 
 
-def from_settings(measured: Iterable[str], pair_ns: float | None, efficiency: float | None = None) -> Costs | None:
+HALVES = Cut.at(2, [1])
+
+
+def operations(cut: Cut, layers: int) -> int:
+    """How many the communication lane does in a step by this cut."""
+    return sum(map(len, cut.entering)) + 2 * layers * sum(map(len, cut.tiles)) + max(len(cut.exit) - 1, 0)
+
+
+def from_settings(measured: Iterable[str], pair_ns: float | None, efficiency: float | None = None, further_ms: float | None = None
+                  ) -> Costs | None:
     """The costs that settings() wrote; None where a piece is missing. Raises ValueError for a name that is none."""
     points: dict[str, list[tuple[int, float]]] = {}
     for text in measured:
@@ -100,7 +108,7 @@ def from_settings(measured: Iterable[str], pair_ns: float | None, efficiency: fl
     if any(name not in points for name in (*PIECES, SUM)):
         return None
     return Costs({name: Curve(own) for name, own in points.items()}, (pair_ns or 0.0) * 1e-9,
-                 1.0 if efficiency is None else min(efficiency, 1.0))
+                 1.0 if efficiency is None else min(efficiency, 1.0), (further_ms or 0.0) * 1e-3)
 
 
 def seen_pairs(rows: range, counts: Sequence[int], lengths: Sequence[int]) -> int:
