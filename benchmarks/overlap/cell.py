@@ -25,7 +25,7 @@ from hetero_attn.profile import load_profile
 from overlap.model import Shape, random_decoder, silenced
 
 NO_COMM = "no comm"
-COST_ROWS = (16, 64, 128, 256, 512)
+COST_ROWS, LONG = (16, 64, 128, 256, 512), 1024      # so many rows too, as `tune` has them, of steps as long: a row costs more there
 BUSY_ROWS, BUSY_S = 256, 1.0                         # sums of so many rows, back to back for so long: how busy are the processors?
 
 
@@ -47,7 +47,7 @@ def measure(job: Job) -> dict[str, Any]:
     with init_communicator(profile) as communicator:
         decoder = random_decoder(job.shape, communicator, profile)
         began = time.perf_counter()
-        costs = measure_costs(decoder, COST_ROWS)
+        costs = measure_costs(decoder, COST_ROWS + (LONG,) * (max(job.tokens, default=0) >= LONG))
         took = time.perf_counter() - began
         busy = _busy(decoder)
         places = places_of(decoder, profile)
