@@ -116,7 +116,9 @@ def measure(asked: argparse.Namespace, results: dict[str, Any], progress) -> Non
         contenders = tuple(name for name in ALL if name in asked.contenders)
         found = on_link(each.link, cell.measure, (cell.Job(each.shape, prompts, asked.rounds, contenders, mixed, asked.trace),))
         facts = {name: value for name, value in found.items() if name != "cells"}
-        results["cells"] += [{"link": each.link, "label": each.label, "date": now(), **facts, **own} for own in found["cells"]]
+        for own in found["cells"]:
+            traced = {"spent": report.spent(own["trace"])} if "trace" in own else {}
+            results["cells"].append({"link": each.link, "label": each.label, "date": now(), **facts, **own, **traced})
         keep(asked, results)
     rows = grid.LINEAR_ROWS if asked.grid else tuple(asked.tiled or ())
     for link in asked.links if rows else ():
@@ -140,8 +142,9 @@ def keep(asked: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def as_cell(each: dict[str, Any]) -> report.Cell:
-    return report.Cell(each["link"], each["label"], tuple(each["counts"]), each["cuts"], each["seconds"], each["simulated"],
-                       each.get("busy", 0.0))
+    label = each["label"] + (f" ({each['remark']})" if "remark" in each else "")
+    return report.Cell(each["link"], label, tuple(each["counts"]), each["cuts"], each["seconds"], each["simulated"],
+                       each.get("busy", 0.0), each.get("spent", {}))
 
 
 def without_traces(results: dict[str, Any]) -> dict[str, Any]:

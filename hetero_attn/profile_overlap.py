@@ -35,6 +35,8 @@ class Overlap:
     pair_ns: float | None = setting("Attention of one layer and rank for a query and a key it sees, nanoseconds", default=None, minimum=0)
     efficiency: float | None = setting("How much of a cut's expected gain is real, 0 to 1: less where computing and communicating want "
                                        "the same processor; null = all", default=None, minimum=0)
+    further_ms: float | None = setting("What a sum beside computing takes of a step, however few rows it has, milliseconds; null = nothing",
+                                       default=None, minimum=0)
     measured: tuple[str, ...] = setting("What a layer's pieces and sums took", default=(), **COST)
 
     def __post_init__(self):

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from overlap.grid import GRID  # noqa: E402
-from overlap.report import Cell, markdown, verdicts  # noqa: E402
+from overlap.report import Cell, markdown, spent, verdicts  # noqa: E402
 
 
 def cell(no_comm, plain, weave, auto, counts=(512,)):
     seconds = {"no comm": [no_comm] * 5, "plain": [plain] * 5, "weave 2": [weave] * 5, "auto": [auto] * 5}
     simulated = {"no comm": no_comm, "plain": plain, "weave 2": no_comm}
-    return Cell("300 Mbit/s", "m", counts, {name: "-" for name in seconds}, seconds, simulated)
+    return Cell("300 Mbit/s", "m", counts, {name: name for name in seconds}, seconds, simulated)
 
 
 def test_hidden_is_of_the_shorter_lane():
@@ -32,6 +32,21 @@ def test_a_simulation_promises_no_more_than_all():
     """Costs of a disturbed moment may make the parts cheaper than the whole."""
     made = dataclasses.replace(cell(6, 10, 7, 7), simulated={"no comm": 6, "plain": 10, "weave 2": 3})
     assert made.reachable("weave 2") == 1 and "(3.000, 100%)" in markdown("", [made], [], [], [])
+
+
+def test_the_rounds_of_one_cut_count_together():
+    made = cell(6, 10, 7, 8)
+    same = dataclasses.replace(made, cuts={**made.cuts, "auto": "weave 2"})
+    assert made.time("auto") == 8 and same.time("auto") == same.time("weave 2") == 7.5 and same.time("no comm") == 6
+
+
+def test_where_a_step_goes():
+    one = [["communication", "embed", 0.0, 1.0, 8, 0], ["compute", "inner", 1.0, 3.0, 8, 0], ["communication", "sum", 3.0, 4.5, 8, 0],
+           ["compute", "inner", 4.0, 5.0, 8, 1], ["communication", "sum", 5.0, 7.0, 8, 1]]
+    idle = [["compute", "inner", 0.0, 2.0, 8, 0]]
+    assert spent([idle, one]) == {"computing": 3.0, "waiting": 1.0, "ends": 3.0, "sums": 4.5}
+    shown = markdown("", [dataclasses.replace(cell(6, 10, 7, 7), spent=spent([one]))], [], [], [])
+    assert "| auto | 6.000 | 3.000 | 1.000 | 3.000 | 4.500 |" in shown
 
 
 def test_mixed_batches_are_compared_by_tokens_a_second():

@@ -339,7 +339,7 @@ def test_a_woven_step_gives_the_plain_steps_numbers(name):
     wrap = lambda base: emulated(base, node, **{"overlap.attention_ctas": 2, "overlap.mlp_ctas": 2})
     want = on_threads(run, 2, wrap=wrap, args=(Schedule(), True))
     assert not want[0].error, want[0].traceback
-    for schedule in (Given([11, 20]), Given([16], [5, 25])):
+    for schedule in (Given([11, 20]), Given([16], [5, 25]), Given([16], (), lambda rows: (4, rows - 4))):
         found = on_threads(run, 2, wrap=wrap, args=(schedule, False))
         assert not found[0].error, found[0].traceback
         for got, expected in zip(found[0].result, want[0].result):

@@ -1,14 +1,16 @@
 """Where steps are cut: the wave formula, long and short tiles, the cost model, and what each schedule chooses of it."""
 
+import dataclasses
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetero_attn.communicator import shard_counts, shard_rows
 from hetero_attn.parallel.schedule_choice import Auto, Given, Places, Plain, Schedule, Tiled, Weave
 from hetero_attn.parallel.schedule_cost import CODED_SUM, PIECES, SUM, Costs, Curve, from_settings, seen_pairs
-from hetero_attn.parallel.schedule_cut import ProductTiles, split_rows, split_tiles
+from hetero_attn.parallel.schedule_cut import ProductTiles, dealt, shrinking, split_rows, split_tiles
 from hetero_attn.parallel.schedule_order import Cut, simulate
 
 PLACES = Places(shard_tokens=16, min_tokens=256, alignment=8)
@@ -78,6 +80,43 @@ def test_tiles_show_at_most_one_of_so_many(total, tiles, product_s, sum_s, align
         assert found.seconds - max(product_s, sum_s) <= min(product_s, sum_s) * (1 / tiles + 0.05)
 
 
+@given(st.integers(1, 5000), st.floats(0.01, 10), st.sampled_from([1, 2, 8, 24, 128]))
+@settings(max_examples=200, deadline=None)
+def test_pieces_shrink_and_are_all_of_the_rows(rows, ratio, alignment):
+    sizes = shrinking(rows, ratio, alignment=alignment)
+    assert not sizes or (sum(sizes) == rows and 2 <= len(sizes) <= 3 and min(sizes) >= 16)
+    assert list(sizes) == sorted(sizes, reverse=True) and not any(size % alignment for size in sizes[1:])
+    assert bool(sizes) or rows < 5 * max(16, 2 * alignment)
+
+
+@given(st.integers(1, 5), st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 30), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_pieces_are_dealt_so_that_each_rank_has_its_own_rows(ranks, whole, odd, random):
+    sizes = [size * ranks for size in whole] + ([odd] if odd else [])
+    random.shuffle(sizes)
+    owned = [list(range(sum(sizes)))[shard_rows(sum(sizes), rank, ranks)] for rank in range(ranks)]
+    found = dealt(sizes, lambda rows: shard_counts(ranks, rows))
+    for rank in range(ranks):
+        assert [row for slices in found for row in range(sum(sizes))[slices[rank]]] == owned[rank]
+    assert [sum(own.stop - own.start for own in slices) for slices in found] == sizes
+
+
+def test_pieces_that_leave_a_rank_with_another_s_rows_are_refused():
+    with pytest.raises(ValueError, match="multiples of 3"):
+        dealt([4, 4, 4], lambda rows: shard_counts(3, rows))
+
+
+def test_a_weave_is_tapered_where_that_pays():
+    """Sums a quarter as long as what is computed: the ends stand alone for less, and nothing else changes."""
+    model = costs(1e-3, 0.25e-3)
+    cut = Weave(PLACES, 2, model).cut([512], [512])
+    assert [len(part) for part in cut.parts] == [256, 256]
+    assert cut.entry == tuple(sorted(cut.entry)) and cut.exit == tuple(sorted(cut.exit, reverse=True)) and cut.entry and cut.exit
+    assert model.seconds(cut, [512], [512]) < model.seconds(Cut(cut.tiles), [512], [512]) - 0.25e-3 * 256
+    assert str(Weave(PLACES, 2, costs(1e-3, 0.25e-3, fixed=0.1)).cut([512], [512])) == "256 | 256"
+    assert all(rows % 3 == 0 for rows in Weave(dataclasses.replace(PLACES, ranks=3), 2, model).cut([600], [600]).exit[1:])
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=5), st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
 def test_pairs_are_counted(sequences, draw):
@@ -89,8 +128,9 @@ def test_pairs_are_counted(sequences, draw):
 
 def test_costs_go_through_the_profile_and_back():
     found = costs(2e-3, 3e-3, coded=1e-3, pair_s=5e-9, efficiency=0.8)
-    again = from_settings(found.settings(), 5.0, 0.8)
-    assert again.settings() == found.settings() and (again.pair_s, again.efficiency) == (pytest.approx(5e-9), 0.8)
+    again = from_settings(found.settings(), 5.0, 0.8, 2.5)
+    assert again.settings() == found.settings()
+    assert (again.pair_s, again.efficiency, again.further_s) == (pytest.approx(5e-9), 0.8, 2.5e-3)
     assert from_settings(found.settings()[2:], 5.0) is None                           # a piece is missing
     with pytest.raises(ValueError, match="'product'"):
         from_settings(["product 3 1.5"], None)
@@ -117,6 +157,8 @@ def test_auto_takes_what_pays_and_stays_plain_where_nothing_does():
     assert not Auto(PLACES, costs(communication=1e-6)).cut([1024], [1024]).overlaps
     assert not Auto(PLACES, costs()).cut([255], [255]).overlaps                        # below the threshold
     assert Auto(PLACES, costs()).cut([3], [3]) is None
+    assert len(Auto(PLACES, costs(), parts=4).cut([1024], [1024]).parts) == 4
+    assert len(Auto(PLACES, costs(further_s=0.05)).cut([1024], [1024]).parts) == 2     # a sum more a part is dear, however short
     assert len(Auto(PLACES, costs(), parts=4, tiles=2).cut([1024], [1024]).parts) in (1, 4)
 
 

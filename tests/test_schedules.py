@@ -6,6 +6,7 @@ Each world size starts its ranks once and runs all families and cases in them.
 import itertools
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from hetero_attn.models import schedule_measure
 from hetero_attn.models.schedule_setup import make_schedule
 from hetero_attn.parallel.linear import RowParallelLinear
 from hetero_attn.parallel.schedule_choice import Given, Schedule
-from hetero_attn.parallel.schedule_order import Cut
+from hetero_attn.parallel.schedule_cost import PIECES, Costs, Curve, operations
+from hetero_attn.parallel.schedule_order import SUM, Cut
 from hetero_attn.parallel.tiled_linear import tiled_linear
 from hetero_attn.profile import load_profile
 from hetero_attn.testing.ranks import on_ranks
@@ -29,6 +31,11 @@ CASES = 40 if FULL else 3
 _decoders = {}
 
 
+def pieces(rows, each):
+    """So many rows at a time, what remains at the end; all at once where each is 0."""
+    return (*[each] * (rows // each), *([rows % each] if rows % each else [])) if each else ()
+
+
 def solo(name):
     if name not in _decoders:
         _decoders[name] = family_decoder(name, SoloCommunicator())
@@ -36,13 +43,13 @@ def solo(name):
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.randoms(use_true_random=False), st.sets(st.integers(1, 60), max_size=4),
-       st.sets(st.integers(1, 60), max_size=4))
+       st.sets(st.integers(1, 60), max_size=4), st.integers(0, 20))
 @settings(max_examples=400 if FULL else 40, deadline=None)
-def test_any_cut_on_one_rank(name, draw, boundaries, tiles):
+def test_any_cut_on_one_rank(name, draw, boundaries, tiles, piece):
     decoder, batch = solo(name), random_batch(draw)
     decoder.schedule = Schedule()
     expected = run_batch(decoder, *batch)
-    decoder.schedule = Given(boundaries, tiles)
+    decoder.schedule = Given(boundaries, tiles, lambda rows: pieces(rows, piece))
     assert apart(run_batch(decoder, *batch), expected) <= TOLERANCE
 
 
@@ -64,6 +71,40 @@ def test_a_disturbed_moment_does_not_reach_the_costs(disturbed):
     assert next(calls) > 6 * 3 * 5                           # not fewer calls than asked for
     for curve in points.costs().pieces.values():
         assert [(rows, pytest.approx(seconds)) for rows, seconds in curve.points] == [(8, 8e-4), (16, 16e-4), (32, 32e-4)]
+
+
+def test_operands_that_lie_badly_are_made_anew():
+    """Addresses alike modulo a page can double a product's time for as long as its operands stay where they are."""
+    points = schedule_measure._Points(solo("llama2"), None)
+    slow = []
+
+    def clock(call, warm=False):
+        rows = next(rows for (_, rows), own in points.calls.items() if own is call)
+        return 1e-4 * rows * (2 if any(call is each for each in slow) else 1)
+
+    points.timed = clock
+    for rows in (8, 16, 32):
+        points.add(rows)
+    slow += [points.calls["mlp_product", 16], points.calls["mlp_product", 32]]
+    points.settle(3)
+    assert [seconds for _, seconds in points.costs().pieces["mlp_product"].points] == [pytest.approx(rows * 1e-4) for rows in (8, 16, 32)]
+
+
+def test_what_a_further_sum_costs_is_seen_on_the_clock(monkeypatch):
+    pieces = {name: Curve([(1, 1e-3), (512, 512e-3)]) for name in (*PIECES, SUM)}
+    costs, decoder = Costs(pieces), SimpleNamespace(layers=[None] * 4)
+
+    def clock(decoder, cuts, rounds, *, layers):
+        plain = costs.simulated(cuts["plain"], [256], [256], layers).seconds
+        took = {name: plain - 0.8 * (plain - costs.simulated(cut, [256], [256], layers).seconds) for name, cut in cuts.items()}
+        unknown = operations(cuts["more"], layers) - operations(cuts["halves"], layers)
+        took["more"] = took["halves"] + costs.simulated(cuts["more"], [256], [256], layers).seconds
+        took["more"] += unknown * 2e-3 - costs.simulated(cuts["halves"], [256], [256], layers).seconds
+        return {name: [seconds] * rounds for name, seconds in took.items()}
+
+    monkeypatch.setattr(schedule_measure, "time_cuts", clock)
+    assert schedule_measure._beside(decoder, costs, 256) == (pytest.approx(0.8), pytest.approx(2e-3))
+    assert schedule_measure._beside(decoder, costs, 3) == (1.0, 0.0)
 
 
 def test_a_seeded_fault_is_caught(monkeypatch):
@@ -97,7 +138,9 @@ def all_families(communicator, seed: int) -> dict:
             boundaries = [draw.randint(1, 40) for _ in range(draw.randint(0, 3))]
             tiles = [draw.randint(1, 40) for _ in range(draw.randint(0, 3))]
             found = []
-            for schedule in (Schedule(), Given(), Given(boundaries, tiles)):
+            piece = communicator.world_size * draw.randint(0, 4)
+            tapered = Given(boundaries, (), lambda rows, piece=piece: pieces(rows, piece))
+            for schedule in (Schedule(), Given(), Given(boundaries, tiles), tapered):
                 decoder.schedule = schedule
                 found.append(run_batch(decoder, *batch))
             if found[0][0] is not None:

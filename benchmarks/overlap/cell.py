@@ -25,7 +25,7 @@ from hetero_attn.profile import load_profile
 from overlap.model import Shape, random_decoder, silenced
 
 NO_COMM = "no comm"
-COST_ROWS = (16, 64, 128, 256, 512)
+COST_ROWS, LONG = (16, 64, 128, 256, 512), 1024      # so many rows too, as `tune` has them, of steps as long: a row costs more there
 BUSY_ROWS, BUSY_S = 256, 1.0                         # sums of so many rows, back to back for so long: how busy are the processors?
 
 
@@ -47,20 +47,22 @@ def measure(job: Job) -> dict[str, Any]:
     with init_communicator(profile) as communicator:
         decoder = random_decoder(job.shape, communicator, profile)
         began = time.perf_counter()
-        costs = measure_costs(decoder, COST_ROWS)
+        costs = measure_costs(decoder, COST_ROWS + (LONG,) * (max(job.tokens, default=0) >= LONG))
         took = time.perf_counter() - began
         busy = _busy(decoder)
         places = places_of(decoder, profile)
         made: dict[str, Schedule] = {
-            "plain": Plain(places), NO_COMM: Plain(places), "weave 2": Weave(places, 2), "weave 3": Weave(places, 3),
-            "weave 4": Weave(places, 4), "tiled": Tiled(places, None, costs), "auto": Auto(places, costs),
+            "plain": Plain(places), NO_COMM: Plain(places), "weave 2": Weave(places, 2, costs),
+            "weave 3": Weave(places, 3, costs), "weave 4": Weave(places, 4, costs), "tiled": Tiled(places, None, costs),
+            "auto": Auto(places, costs),
         }
         schedules = {name: made[name] for name in job.contenders}
         cells = [_cell(decoder, schedules, costs, busy, [tokens], [tokens], job) for tokens in job.tokens]
         cells += [_cell(decoder, schedules, costs, busy, [1] * decoding + [tokens], [past + 1] * decoding + [tokens], job)
                   for decoding, past, tokens in job.mixed]
         return {"communicator": type(communicator).__name__, "costs": costs.settings(), "pair_ns": costs.pair_s * 1e9,
-                "efficiency": costs.efficiency, "busy": busy, "costs_in_s": took, "shape": asdict(job.shape), "cells": cells}
+                "efficiency": costs.efficiency, "further_ms": costs.further_s * 1e3, "busy": busy,
+                "costs_in_s": took, "shape": asdict(job.shape), "cells": cells}
 
 
 def _busy(decoder) -> float:
@@ -95,7 +97,7 @@ def _simulated(costs: Costs, busy: float, cut: Cut, counts: list[int], lengths: 
     found = costs.simulated(cut, counts, lengths, layers)
     if not cut.overlaps:
         return found
-    seconds, more = costs.of(cut, counts, lengths), 1 + busy * found.communication / found.compute
+    seconds, more = costs.of(cut, counts, lengths, layers), 1 + busy * found.communication / found.compute
     return simulate(2 * layers, cut, lambda task: seconds(task) * (more if task.lane == COMPUTE else 1))
 
 

@@ -38,10 +38,11 @@ def _cells(link: str, ffn: int, layers: int, *tokens: int, **more) -> list[Cell]
 
 
 GRID = (
-    *_cells(FAST, 2048, 6, 512, 0), *_cells(FAST, 2048, 4, 256, 512), *_cells(FAST, 2048, 3, 1024), *_cells(FAST, 2048, 2, 2048, 4096),
+    *_cells(FAST, 2048, 6, 512, 0), *_cells(FAST, 2048, 4, 256, 512), *_cells(FAST, 2048, 3, 1024), *_cells(FAST, 2048, 2, 2048),
+    *_cells(FAST, 2048, 1, 4096),
     *_cells(FAST, 4096, 6, 512, dtype="bfloat16"), *_cells(FAST, 1024, 6, 512, dtype="bfloat16"),
     *_cells(SLOW, 8192, 3, 512), *_cells(SLOW, 8192, 2, 1024), *_cells(SLOW, 3072, 4, 512), *_cells(SLOW, 3072, 3, 0),
     *_cells(SLOW, 8192, 4, 512, dtype="bfloat16"), *_cells(SLOW, 2048, 4, 256), *_cells(SLOW, 2048, 2, 512, experts=8),
-    *_cells(SHARED, 8192, 2, 512),
+    *_cells(SHARED, 8192, 2, 256, 512, 1024),
 )
 LINEAR_ROWS = (512, 2048)

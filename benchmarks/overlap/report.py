@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from hetero_attn.parallel.schedule_order import COMMUNICATION, COMPUTE
 from overlap.cell import NO_COMM
 
 SHARED = "shared memory"                              # the link that is none: nothing is limited
@@ -19,7 +20,8 @@ AUTO_SLACK = 0.03
 
 @dataclass(frozen=True)
 class Cell:
-    """One link and step. seconds: contender -> one number a round; simulated: what the cost model says of its cut at best."""
+    """One link and step. seconds: contender -> one number a round; simulated: what the cost model says of its cut at best; spent: of a
+    traced step by auto, as spent() has it."""
 
     link: str
     shape: str
@@ -28,14 +30,21 @@ class Cell:
     seconds: Mapping[str, Sequence[float]]
     simulated: Mapping[str, float]
     busy: float = 0.0
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         decoding = sum(count == 1 for count in self.counts)
         return f"{sum(self.counts)}" if len(self.counts) == 1 else f"{sum(self.counts) - decoding} + {decoding} decoding"
 
+    def rounds(self, contender: str) -> list[float]:
+        """Its rounds and those of contenders that had the same cut: they ran the same step."""
+        alike = [name for name in self.seconds if name == contender or (
+            NO_COMM not in (name, contender) and self.cuts[name] == self.cuts[contender])]
+        return [seconds for name in alike for seconds in self.seconds[name]]
+
     def time(self, contender: str) -> float:
-        return median(self.seconds[contender])
+        return median(self.rounds(contender))
 
     @property
     def share(self) -> float:
@@ -61,7 +70,7 @@ class Cell:
     @property
     def spread(self) -> float:
         """How far interleaved runs of the best fixed choice lie apart: the middle half's width over the median."""
-        runs = sorted(self.seconds[self.best_fixed])
+        runs = sorted(self.rounds(self.best_fixed))
         return (runs[(3 * len(runs)) // 4] - runs[len(runs) // 4]) / median(runs)
 
     @property
@@ -75,6 +84,20 @@ class Cell:
 def _hidden(plain: float, no_comm: float, other: float) -> float:
     least = min(plain - no_comm, no_comm)
     return (plain - other) / least if least > 0 else float("nan")
+
+
+def spent(ranks: Sequence[Sequence[Sequence[Any]]]) -> dict[str, float]:
+    """Seconds of a traced step, of the rank that computes longest: computing, waiting between tasks, and the ends, before the first task
+    and after the last; and its sums, which go on beside. ranks: of each, Recorder's events."""
+    found = []
+    for events in ranks:
+        lanes = [[event for event in events if event[0] == lane] for lane in (COMPUTE, COMMUNICATION)]
+        times = [sum(event[3] - event[2] for event in own) for own in lanes]
+        began, ended = min(event[2] for event in lanes[0]), max(event[3] for event in lanes[0])
+        first = min([began, *(event[2] for event in lanes[1])])
+        found.append({"computing": times[0], "waiting": ended - began - times[0],
+                      "ends": began - first + max([0.0, *(event[3] - ended for event in lanes[1])]), "sums": times[1]})
+    return max(found, key=lambda each: each["computing"])
 
 
 @dataclass(frozen=True)
@@ -120,7 +143,7 @@ def markdown(title: str, cells: Sequence[Cell], lines: Sequence[Line], tiled: Se
             "Seconds of one step (median of interleaved rounds, slowest of two ranks). Hidden = (plain - it) / min(plain - no comm, "
             "no comm); in brackets what the simulation of the schedule, with costs measured in the same process, says of both. "
             "Busy: how much of all processors' time sums alone take; so much of them cannot hide where every processor computes, and the "
-            "simulation knows it.", "",
+            "simulation knows it. Contenders that had the same cut ran the same step: their rounds count together.", "",
             "| link | model | tokens | share | busy | " + " | ".join(names) + " |", "|" + "---|" * (5 + len(names))]
     for cell in cells:
         row = []
@@ -142,6 +165,13 @@ def markdown(title: str, cells: Sequence[Cell], lines: Sequence[Line], tiled: Se
                  "| link | model | tokens | plain | auto | gain |", "|" + "---|" * 6]
         text += [f"| {cell.link} | {cell.shape} | {cell.name} | {sum(cell.counts) / cell.time('plain'):.0f} | "
                  f"{sum(cell.counts) / cell.time('auto'):.0f} | {cell.time('plain') / cell.time('auto'):.2f}x |" for cell in mixed]
+    traced = [cell for cell in cells if cell.spent]
+    if traced:
+        text += ["", "Where a step by auto goes: seconds of one traced step, of the rank that computes longest. What its computing takes "
+                 "more than no comm is processor time of the sums beside it, less what parts compute cheaper than the whole.", "",
+                 "| link | model | tokens | cut | no comm | computing | waiting in between | both ends | sums beside |", "|" + "---|" * 9]
+        text += [f"| {cell.link} | {cell.shape} | {cell.name} | {cell.cuts['auto']} | {cell.time(NO_COMM):.3f} | "
+                 + " | ".join(f"{cell.spent[name]:.3f}" for name in ("computing", "waiting", "ends", "sums")) + " |" for cell in traced]
     if tiled:
         text += ["", "One row-parallel linear with its sum, in tiles (seconds). Hidden is of min(compute, communication)(1 - 1/tiles); a "
                  "short tile leaves less than 1/tiles of it uncovered, so more than all of that can be:", "",

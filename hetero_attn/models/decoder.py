@@ -204,11 +204,12 @@ class Decoder(nn.Module):
         hidden = self.embed.local(step.tokens, step.total_q)
 
         def embed(rows: range, lane: CommunicationLane) -> Callable[[], torch.Tensor]:
-            mine, part = hidden[rows.start : rows.stop], cut.parts.index(rows)
+            mine, part = hidden[rows.start : rows.stop], next(at for at, pieces in enumerate(cut.entering) if rows in pieces)
             arrive = lane.start("embed", part, self.embed.operation, mine, site=self.embed.site)
             return lambda: self.scaled(arrive())
 
-        contexts = [(tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache) for rows in cut.parts]
+        contexts = {rows: (tuple(each[rows.start : rows.stop] for each in rotary), step.part(rows), cache)
+                    for rows in dict.fromkeys((*cut.parts, *cut.entering[0]))}
         blocks = self.blocks()[: None if layers is None else 2 * layers]
         return run_blocks(blocks, self.layers[0].input_norm, embed, contexts, cut, self.communicator, self.recorder)
 

@@ -19,8 +19,9 @@ import torch
 
 from hetero_attn.communicator import Communicator
 from hetero_attn.parallel.schedule import Block
-from hetero_attn.parallel.schedule_cost import CODED_SUM, KINDS, Costs, Curve
+from hetero_attn.parallel.schedule_cost import CODED_SUM, KINDS, Costs, Curve, operations
 from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut
+from hetero_attn.profile_overlap import MOST_PARTS
 
 QUICK_ROWS = (32, 128, 256)
 THOROUGH_ROWS = (16, 32, 64, 128, 256, 512, 1024)
@@ -45,7 +46,8 @@ def measure_costs(
     if use_codec is not None:
         use_codec(False)
     costs = points.costs()
-    return replace(costs, efficiency=_efficiency(decoder, costs, min(count, EFFICIENCY_ROWS)))
+    efficiency, further_s = _beside(decoder, costs, min(count, EFFICIENCY_ROWS))
+    return replace(costs, efficiency=efficiency, further_s=further_s)
 
 
 FAR = "attention farther"                            # attention's inner piece with as many keys more for every row
@@ -62,6 +64,14 @@ class _Points:
 
     def add(self, count: int) -> float:
         """The pieces for `count` rows of a new sequence, each called once after a call that does not count -> the longest one's seconds."""
+        made = self._made(count)
+        for name, call in made.items():
+            self.calls[name, count], self.tries[name, count] = call, []
+            self._call(name, count, warm=True)
+        return max(own[-1] for (_, rows), own in self.tries.items() if rows == count)
+
+    def _made(self, count: int) -> dict[str, Callable[[], Any]]:
+        """The calls for `count` rows, with operands of their own."""
         hidden = _hidden(self.decoder, count)
         near, far = _context(self.decoder, count, 0), _context(self.decoder, count, count)
         made: dict[str, Callable[[], Any]] = {FAR: partial(self.blocks[0].inner, hidden, far)}
@@ -72,18 +82,18 @@ class _Points:
         made[SUM] = partial(_sum, self.decoder.communicator, self.blocks[0], hidden)
         if self.use_codec is not None:
             made[CODED_SUM] = made[SUM]
-        for name, call in made.items():
-            self.calls[name, count], self.tries[name, count] = call, []
-            self._call(name, count, warm=True)
-        return max(own[-1] for (_, rows), own in self.tries.items() if rows == count)
+        return made
 
     def settle(self, repeats: int) -> None:
         """Pass after pass over all of them until each has its calls; then again those that spread or do not fit their neighbours."""
         self._passes(list(self.calls), repeats)
         self._passes(self._spread(), 2 * repeats)
         unlike = self._unlike()
-        for point in unlike:                         # anew: whatever disturbed them lasted through all their calls
-            self.tries[point] = []
+        # Anew, and elsewhere in memory: whatever disturbed them lasted through all their calls, and operands whose addresses are alike
+        # modulo a page make a product up to twice as slow.
+        made = {count: self._made(count) for count in dict.fromkeys(count for _, count in unlike)}
+        for name, count in unlike:
+            self.calls[name, count], self.tries[name, count] = made[count][name], []
         self._passes(unlike, repeats)
 
     def costs(self) -> Costs:
@@ -130,21 +140,28 @@ def middle_half(tries: Sequence[float]) -> float:
     return (own[(3 * len(own)) // 4] - own[len(own) // 4]) / median(own)
 
 
-def _efficiency(decoder, costs: Costs, count: int) -> float:
-    """How much of the gain that the costs promise two parts of `count` rows is there on the clock, 0 to 1; 1 where they promise none."""
-    layers, cuts = min(2, len(decoder.layers)), {"plain": Cut.at(count), "halves": Cut.at(count, [max(count // 2, 1)])}
-    promised = [costs.simulated(cut, [count], [count], layers).seconds for cut in cuts.values()]
-    times: dict[str, list[float]] = {name: [] for name in cuts}
-    found = 1.0
+def _beside(decoder, costs: Costs, count: int) -> tuple[float, float]:
+    """What the simulation does not know of the lanes: (efficiency, further_s) of Costs, from real steps of `count` rows.
+
+    efficiency: how much of the gain that the costs promise two parts is there on the clock, 0 to 1; 1 where they promise none. further_s:
+    what four parts take more than two, beyond what the simulation says of both, a further operation.
+    """
+    if count < MOST_PARTS:
+        return 1.0, 0.0
+    layers, places = min(2, len(decoder.layers)), [part * count // MOST_PARTS for part in range(1, MOST_PARTS)]
+    cuts = {"plain": Cut.at(count), "halves": Cut.at(count, [count // 2]), "more": Cut.at(count, places)}
+    promised = {name: costs.simulated(cut, [count], [count], layers).seconds for name, cut in cuts.items()}
+    gain, times = promised["plain"] - promised["halves"], {name: [] for name in cuts}
     for _ in range(2):                               # a doubtful one on the clock again: a schedule that is given up loses much more
         for name, own in time_cuts(decoder, cuts, EFFICIENCY_ROUNDS, layers=layers).items():
             times[name] += own
-        if count < 2 or promised[1] >= promised[0]:
-            return 1.0
-        found = (median(times["plain"]) - median(times["halves"])) / (promised[0] - promised[1])
-        if found >= DOUBTFUL:
+        found = {name: median(own) for name, own in times.items()}
+        if gain <= 0 or found["plain"] - found["halves"] >= DOUBTFUL * gain:
             break
-    return min(max(found, 0.0), 1.0)
+    efficiency = min(max((found["plain"] - found["halves"]) / gain, 0.0), 1.0) if gain > 0 else 1.0
+    further = operations(cuts["more"], layers) - operations(cuts["halves"], layers)
+    unknown = {name: found[name] - promised[name] for name in cuts}
+    return efficiency, max(unknown["more"] - unknown["halves"], 0.0) / further
 
 
 def measure_whole_sum(decoder, rows: Sequence[int]) -> dict[int, float]:

@@ -40,7 +40,7 @@ def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
     overlap = profile.overlap
     own = {"schedule": profile.schedule, "codec": profile.codec, "places": asdict(places_of(decoder, profile)), "tiles": overlap.tiles,
            "parts": overlap.parts and min(overlap.parts, MOST_PARTS), "measured": overlap.measured, "pair_ns": overlap.pair_ns,
-           "efficiency": overlap.efficiency, "ctas": [overlap.attention_ctas, overlap.mlp_ctas],
+           "efficiency": overlap.efficiency, "further_ms": overlap.further_ms, "ctas": [overlap.attention_ctas, overlap.mlp_ctas],
            # Of a mixture of experts only attention's product could be fused: its other sums have none before them.
            "fused": None if decoder.config.experts else communicator.fused_linear_reasons(decoder.dtype)}
     asked = share_json(communicator, own)
@@ -52,7 +52,7 @@ def make_schedule(decoder, profile: DeviceProfile) -> Schedule:
         if communicator.rank == 0:
             log.info("schedule: tiled, because the device's product with all-reduce does not serve: %s", "; ".join(asked["fused"]))
         asked["schedule"] = Tiled.name
-    costs = from_settings(asked["measured"], asked["pair_ns"], asked["efficiency"])
+    costs = from_settings(asked["measured"], asked["pair_ns"], asked["efficiency"], asked["further_ms"])
     routes = codec_routes(communicator, asked["codec"])
     if costs is None and asked["schedule"] == "auto" and worth_measuring(communicator):
         costs = measure_costs(decoder, QUICK_ROWS, use_codec=routes)
@@ -84,7 +84,8 @@ def places_of(decoder, profile: DeviceProfile) -> Places:
     alignment = overlap.row_alignment or (overlap.tile_shape or hardware.matrix_shape or (1,))[0]
     layer = decoder.layers[0]
     widths = [sum(layer.attention.qkv_proj.sizes), config.hidden_size, 2 * len(decoder.partition.ffn), config.hidden_size]
-    return Places(overlap.shard_tokens, overlap.min_tokens_moe if config.experts else overlap.min_tokens, alignment, tiles, tuple(widths))
+    return Places(overlap.shard_tokens, overlap.min_tokens_moe if config.experts else overlap.min_tokens, alignment, tiles, tuple(widths),
+                  decoder.communicator.world_size)
 
 
 def worth_measuring(communicator: Communicator) -> bool:

@@ -85,7 +85,8 @@ class Sweep:
         never = 2 * self.rows[-1].tokens if self.rows else None
         threshold = self.min_tokens or never
         values: dict[str, Any] = {"measured": self.costs.settings(), "pair_ns": float(f"{self.costs.pair_s * 1e9:.4g}"),
-                                  "efficiency": round(self.costs.efficiency, 3), "shard_tokens": self.shard_tokens}
+                                  "efficiency": round(self.costs.efficiency, 3),
+                                  "further_ms": round(self.costs.further_s * 1e3, 3), "shard_tokens": self.shard_tokens}
         if self.parts:
             values["parts"] = self.parts
         if threshold:
@@ -99,7 +100,7 @@ class Sweep:
                 for row in self.rows]
         return {"layers": self.layers, "rows": rows, "min_tokens": self.min_tokens, "parts": self.parts, "shard_tokens": self.shard_tokens,
                 "whole_sum_s": self.whole_sums, "costs": self.costs.settings(), "pair_ns": self.costs.pair_s * 1e9,
-                "efficiency": self.costs.efficiency, "ctas": self.ctas and self.ctas.as_json()}
+                "efficiency": self.costs.efficiency, "further_ms": self.costs.further_s * 1e3, "ctas": self.ctas and self.ctas.as_json()}
 
     def as_text(self) -> str:
         lines = [f"steps of {self.layers} layers, ms on the clock (expected)"]
@@ -107,7 +108,8 @@ class Sweep:
             cells = [f"{name} {row.measured[name] * 1e3:.1f} ({row.expected[name] * 1e3:.1f})" for name in row.cuts]
             lines.append(f"{row.tokens:6} tokens  " + "   ".join(cells) + f"   best: {row.best} [{row.cuts[row.best]}]")
         pays = f"from {self.min_tokens} tokens on" if self.min_tokens else "at no length tried"
-        lines.append(f"of what the costs promised {self.costs.efficiency:.0%} was there on the clock")
+        lines.append(f"of what the costs promised {self.costs.efficiency:.0%} was there on the clock; a further sum costs "
+                     f"{self.costs.further_s * 1e3:.2f} ms")
         lines += [f"a cut pays {pays}" + (f", best in {self.parts} parts" if self.parts else ""),
                   f"the residual is sharded from {self.shard_tokens} tokens on"]
         if self.ctas:
@@ -141,7 +143,7 @@ def contenders(places, costs: Costs, tokens: int, tiles: Sequence[int] = TILES) 
     """plain, a weave of each number of parts, and the tiled cut that the costs like best. Equal cuts come once."""
     cuts = {"plain": Cut.at(tokens)}
     for parts in range(2, MOST_PARTS + 1):
-        cuts[f"weave {parts}"] = places.weave(tokens, parts)
+        cuts[f"weave {parts}"] = places.tapered(places.weave(tokens, parts), [tokens], [tokens], costs)
     cuts["tiled"] = min((places.tiled(tokens, each, costs) for each in tiles),
                         key=lambda cut: costs.seconds(cut, [tokens], [tokens]))
     kept: dict[str, Cut] = {}

@@ -6,13 +6,14 @@ without looking at anything else. None means that the step is too short for the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hetero_attn.parallel.schedule_cost import CODED_SUM, MLP, Costs
-from hetero_attn.parallel.schedule_cut import ProductTiles, split_rows, split_tiles
-from hetero_attn.parallel.schedule_order import PRODUCT, SUM, Cut, simulate
+from hetero_attn.parallel.schedule_cost import ATTENTION, CODED_SUM, MLP, Costs
+from hetero_attn.parallel.schedule_cut import ProductTiles, shrinking, split_rows, split_tiles
+from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut, simulate
 from hetero_attn.profile_overlap import MOST_PARTS
 
 TILES = (2, 3, 4, 6, 8, 12)                          # numbers of tiles that are considered
@@ -34,34 +35,55 @@ class Schedule:
 class Given(Schedule):
     """The same places for every step, whatever they are good for: for tests and measurements.
 
-    boundaries: rows where parts begin; tiles: rows where parts are cut further. Those beyond a step's end are left out.
+    boundaries: rows where parts begin; tiles: rows where parts are cut further. Those beyond a step's end are left out. pieces: (rows of a
+    part) -> those that enter, or backwards leave, at a time, () = all at once; not asked where there is one part or the last has tiles.
     """
 
     name = "given"
 
-    def __init__(self, boundaries: Sequence[int] = (), tiles: Sequence[int] = ()) -> None:
-        self.boundaries, self.tiles = sorted(set(boundaries)), sorted(set(tiles) - set(boundaries))
+    def __init__(self, boundaries: Sequence[int] = (), tiles: Sequence[int] = (), pieces: Callable[[int], Sequence[int]] = lambda rows: ()
+                 ) -> None:
+        self.boundaries, self.tiles, self.pieces = sorted(set(boundaries)), sorted(set(tiles) - set(boundaries)), pieces
 
     def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
         total = sum(counts)
         ends = [0, *(row for row in self.boundaries if 0 < row < total), total]
         inside = [[row for row in self.tiles if begin < row < end] for begin, end in pairwise(ends)]
-        return Cut.at(total, ends[1:-1], inside)
+        cut = Cut.at(total, ends[1:-1], inside)
+        if len(cut.parts) < 2 or len(cut.tiles[-1]) > 1:
+            return cut
+        entry, leaving = (tuple(self.pieces(len(cut.parts[at]))) for at in (0, -1))
+        return Cut(cut.tiles, entry, leaving[::-1])
 
 
 @dataclass(frozen=True)
 class Places:
-    """What the planner knows: thresholds in tokens, the alignment and the product's tiles, and a layer's product widths."""
+    """What the planner knows: thresholds in tokens, the alignment and the product's tiles, a layer's product widths, and the ranks."""
 
     shard_tokens: int
     min_tokens: int
     alignment: int = 1
     tiles: ProductTiles | None = None
     widths: tuple[int, ...] = ()
+    ranks: int = 1
 
     def weave(self, total: int, parts: int) -> Cut:
         """`parts` parts, or fewer where there are not enough rows."""
         return Cut.at(total, split_rows(total, parts, alignment=self.alignment, widths=self.widths, tiles=self.tiles))
+
+    def tapered(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], costs: Costs) -> Cut:
+        """A weave whose first part enters, and whose last part leaves, in pieces, where the costs say that it gains by that."""
+        if len(cut.tiles) < 2 or len(cut.tiles[0]) > 1 or len(cut.tiles[-1]) > 1:
+            return cut
+        def pieces(part: range, kind: str, *computed: str, alignment: int) -> tuple[int, ...]:
+            rows = len(part)
+            spent = sum(costs.pieces[f"{kind}_{piece}"](rows) for piece in computed)
+            return shrinking(rows, costs.pieces[SUM](rows) / spent, alignment=alignment) if spent > 0 else ()
+
+        entry = pieces(cut.parts[0], ATTENTION, INNER, alignment=self.alignment)[::-1]
+        leaving = pieces(cut.parts[-1], MLP, INNER, PRODUCT, alignment=math.lcm(self.alignment, self.ranks))
+        found = [cut, Cut(cut.tiles, entry), Cut(cut.tiles, entry, leaving)]
+        return min(found, key=lambda each: costs.seconds(each, counts, lengths))
 
     def tiled(self, total: int, tiles: int, costs: Costs | None = None) -> Cut:
         """One part of `tiles` tiles, long and short by the MLP's product and sum; equal ones where their costs are unknown."""
@@ -96,7 +118,10 @@ class Weave(Plain):
         if total < self.places.min_tokens:
             return super().cut(counts, lengths)
         numbers = [self.parts or 2] if self.parts or not self.costs else range(2, MOST_PARTS + 1)
-        return _least([self.places.weave(total, parts) for parts in numbers], counts, lengths, self.costs)
+        cuts = [self.places.weave(total, parts) for parts in numbers]
+        if self.costs:
+            cuts = [self.places.tapered(cut, counts, lengths, self.costs) for cut in cuts]
+        return _least(cuts, counts, lengths, self.costs)
 
 
 class Tiled(Plain):
@@ -149,7 +174,8 @@ class Auto(Plain):
         total, plain = sum(counts), super().cut(counts, lengths)
         choices = [(plain or Cut.at(total), False)]
         if total >= self.places.min_tokens:
-            choices += [(self.places.weave(total, parts), False) for parts in ([self.parts] if self.parts else range(2, MOST_PARTS + 1))]
+            choices += [(self.places.tapered(self.places.weave(total, parts), counts, lengths, self.costs), False)
+                        for parts in ([self.parts] if self.parts else range(2, MOST_PARTS + 1))]
             choices.append((Tiled(self.places, self.tiles, self.costs).cut(counts, lengths), False))
         if self.use_codec is not None and CODED_SUM in self.costs.pieces:
             choices += [(cut, True) for cut, _ in choices]

@@ -10,14 +10,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, SUM, Cut, Task, Timeline, simulate
+from hetero_attn.parallel.schedule_order import EMBED, INNER, PRODUCT, SUM, Cut, Task, Timeline, leaves, simulate
 
 ATTENTION, MLP = "attention", "mlp"
 KINDS = (ATTENTION, MLP)                             # of a layer's blocks, in order
 PIECES = tuple(f"{kind}_{piece}" for kind in KINDS for piece in (INNER, PRODUCT))
 CODED_SUM = "coded_sum"                              # a sum by the lossy codec that the link would gain by
-FURTHER, FURTHER_ROWS = 0.3, 128                     # a further sum beside computing costs this part of one of so many rows, as far as
-                                                     # `efficiency` lacks to 1 (fits 2 ranks on 2 cores, 300 Mbit/s and 1 Gbit/s)
 SIMULATED_LAYERS = 4                                 # the pattern repeats: more layers tell no more
 
 
@@ -44,51 +42,62 @@ class Curve:
 @dataclass(frozen=True)
 class Costs:
     """pieces: name of PIECES, SUM or CODED_SUM -> its Curve. pair_s: seconds of attention for a query and a key that it sees.
-    efficiency: the part of a simulated gain over plain that the clock has seen; what lacks to 1 is processor time that both lanes want."""
+    efficiency: the part of a simulated gain over plain that the clock has seen; what lacks to 1 is processor time that both lanes want.
+    further_s: seconds of the compute lane that an operation beside it takes, however few rows it moves (threads that wake, messages)."""
 
     pieces: Mapping[str, Curve]
     pair_s: float = 0.0
     efficiency: float = 1.0
+    further_s: float = 0.0
 
-    def of(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], *, coded: bool = False) -> Callable[[Task], float]:
-        """How long each task of a cut takes, for simulate()."""
-        pairs = [seen_pairs(rows, counts, lengths) for rows in cut.parts]
+    def of(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
+           ) -> Callable[[Task], float]:
+        """How long each task of a cut takes, for simulate() of that many layers."""
+        pairs = {rows: seen_pairs(rows, counts, lengths) for rows in (*cut.parts, *cut.entering[0])}
 
         def seconds(task: Task) -> float:
             if task.kind == EMBED:                   # an all-reduce moves as much as a sum with its norm
-                return self.pieces[SUM](len(cut.parts[task.part]))
-            if task.kind == SUM:
-                return self.pieces[CODED_SUM if coded else SUM](len(cut.tiles[task.part][task.tile]))
-            kind = KINDS[task.block % 2]
-            if task.kind == PRODUCT:
-                # A tile's product by itself; of a part that is one tile the curve has it as it is.
-                return self.pieces[f"{kind}_{PRODUCT}"](len(cut.tiles[task.part][task.tile]))
-            own = self.pieces[f"{kind}_{INNER}"](len(cut.parts[task.part]))
-            return own + (self.pair_s * pairs[task.part] if kind == ATTENTION else 0.0)
+                return self.pieces[SUM](len(cut.entering[task.part][task.tile]))
+            leaving, kind = leaves(task.block, task.part, 2 * layers, cut), KINDS[task.block % 2]
+            if task.kind == INNER:
+                rows = cut.entering[task.part][task.tile] if task.block == 0 else cut.parts[task.part]
+                own = self.pieces[f"{kind}_{INNER}"](cut.exit[task.tile] if leaving else len(rows))
+                return own + (self.pair_s * pairs[rows] if kind == ATTENTION else 0.0)
+            tile = cut.exit[task.tile] if leaving else len(cut.tiles[task.part][task.tile])
+            # A tile's product by itself; of a part that is one tile the curve has it as it is.
+            return self.pieces[f"{kind}_{PRODUCT}" if task.kind == PRODUCT else CODED_SUM if coded else SUM](tile)
 
         return seconds
 
     def simulated(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                   ) -> Timeline:
         """The step by this cut, on the cost model's clock."""
-        return simulate(2 * layers, cut, self.of(cut, counts, lengths, coded=coded))
+        return simulate(2 * layers, cut, self.of(cut, counts, lengths, layers, coded=coded))
 
     def seconds(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], layers: int = SIMULATED_LAYERS, *, coded: bool = False
                 ) -> float:
-        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain, and for every sum beyond two of a
-        block what a thread that wakes beside a product costs (FURTHER)."""
+        """What to expect of the cut: the simulation, with only `efficiency` of what it gains over plain (measured on halves), and further_s
+        for every operation of the communication lane beyond those of halves."""
         plain = self.simulated(Cut.at(cut.total), counts, lengths, layers, coded=coded).seconds
         gain = plain - self.simulated(cut, counts, lengths, layers, coded=coded).seconds
-        further = 2 * layers * max(sum(map(len, cut.tiles)) - 2, 0)
-        return (plain - (self.efficiency * gain if gain > 0 else gain)
-                + FURTHER * (1 - self.efficiency) * self.pieces[SUM](FURTHER_ROWS) * further)
+        further = max(operations(cut, layers) - operations(HALVES, layers), 0)
+        return plain - (self.efficiency * gain if gain > 0 else gain) + self.further_s * further
 
     def settings(self) -> list[str]:
         """As the profile's overlap.measured holds them: 'what rows milliseconds'."""
         return [f"{name} {rows} {seconds * 1e3:.4g}" for name, curve in self.pieces.items() for rows, seconds in curve.points]
 
 
-def from_settings(measured: Iterable[str], pair_ns: float | None, efficiency: float | None = None) -> Costs | None:
+HALVES = Cut.at(2, [1])
+
+
+def operations(cut: Cut, layers: int) -> int:
+    """How many the communication lane does in a step by this cut."""
+    return sum(map(len, cut.entering)) + 2 * layers * sum(map(len, cut.tiles)) + max(len(cut.exit) - 1, 0)
+
+
+def from_settings(measured: Iterable[str], pair_ns: float | None, efficiency: float | None = None, further_ms: float | None = None
+                  ) -> Costs | None:
     """The costs that settings() wrote; None where a piece is missing. Raises ValueError for a name that is none."""
     points: dict[str, list[tuple[int, float]]] = {}
     for text in measured:
@@ -99,7 +108,7 @@ def from_settings(measured: Iterable[str], pair_ns: float | None, efficiency: fl
     if any(name not in points for name in (*PIECES, SUM)):
         return None
     return Costs({name: Curve(own) for name, own in points.items()}, (pair_ns or 0.0) * 1e-9,
-                 1.0 if efficiency is None else min(efficiency, 1.0))
+                 1.0 if efficiency is None else min(efficiency, 1.0), (further_ms or 0.0) * 1e-3)
 
 
 def seen_pairs(rows: range, counts: Sequence[int], lengths: Sequence[int]) -> int:

@@ -7,9 +7,10 @@ waves than the whole, or the cut costs what it wins. Pure Python; every rank fin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+PIECES, LEAST_PIECE, LEAST_RATIO = 3, 16, 0.25       # of a part that enters or leaves in pieces: most, rows of the shortest, steepness
 REACH = 8                                            # steps of the alignment that a boundary may move to either side
 
 
@@ -75,3 +76,37 @@ def split_tiles(total: int, tiles: int, product_s: float, sum_s: float, *, align
     tiles = min(tiles, math.ceil(total / long))                             # rounded up, fewer may do
     first = total - (tiles - 1) * long if sum_s > product_s else long
     return [first + tile * long for tile in range(tiles - 1)]
+
+
+def shrinking(rows: int, ratio: float, *, alignment: int = 1) -> tuple[int, ...]:
+    """Rows of up to PIECES pieces of `rows`, each about `ratio` of the one before, all but the first multiples of the alignment; () where
+    the shortest of two would be shorter than LEAST_PIECE.
+
+    ratio: seconds that a row travels over seconds that it is computed. A piece then travels while the next, shorter one is computed, and
+    what stands alone at the end is the shortest piece's journey. Backwards they are pieces that are computed while the next, longer one
+    travels.
+    """
+    ratio = min(max(ratio, LEAST_RATIO), 1.0)
+    for pieces in range(PIECES, 1, -1):
+        weights = [ratio**place for place in range(pieces)]
+        short = [int(rows * weight / sum(weights) / alignment) * alignment for weight in weights[1:]]
+        if min(short) >= LEAST_PIECE:
+            return rows - sum(short), *short
+    return ()
+
+
+def dealt(sizes: Sequence[int], row_counts: Callable[[int], Sequence[int]]) -> list[list[slice]]:
+    """For each piece of sizes[i] rows, one slice for each rank: its share of the rows that this rank owns of them all.
+
+    row_counts: how many of so many rows each rank owns (Communicator.row_counts). Raises ValueError where the pieces' shares are not the
+    whole's; they are if all sizes but one are multiples of the number of ranks.
+    """
+    shares, whole = [row_counts(size) for size in sizes], row_counts(sum(sizes))
+    if [sum(own) for own in zip(*shares)] != list(whole):
+        raise ValueError(f"pieces of {list(sizes)} rows cannot be dealt to {len(whole)} ranks: expected multiples of {len(whole)}, all but "
+                         "one")
+    at, found = [sum(whole[:rank]) for rank in range(len(whole))], []
+    for share in shares:
+        found.append([slice(begin, begin + count) for begin, count in zip(at, share)])
+        at = [begin + count for begin, count in zip(at, share)]
+    return found

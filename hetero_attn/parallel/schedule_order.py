@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 COMPUTE, COMMUNICATION = "compute", "communication"
@@ -22,12 +22,19 @@ class Cut:
 
     tiles  for each part, in row order, the ranges of rows that travel together. A part is what goes through a block at once; its tiles
            are multiplied by the row-parallel weight, and summed over the ranks, one by one
+    entry  () or how many rows of the first part enter at a time: their embedded rows travel, and go through the first attention, piece
+           by piece, so that computing begins after a short piece
+    exit   () or how many rows of the last part leave at a time: they go through the last block, an MLP, and are summed piece by piece, so
+           that only a short sum is left at the end. A piece has its share of every rank's rows
 
     One part of one tile is the plain schedule; several parts are TokenWeave's split; one part of several tiles is FastAttention's
-    tiling-AllReduce. Raises ValueError unless the tiles are non-empty and cover 0 to T in order.
+    tiling-AllReduce. Raises ValueError unless the tiles are non-empty and cover 0 to T in order, and entry and exit are of cuts in several
+    parts and have their part's rows.
     """
 
     tiles: tuple[tuple[range, ...], ...]
+    entry: tuple[int, ...] = ()
+    exit: tuple[int, ...] = ()
 
     def __post_init__(self):
         end = 0
@@ -37,6 +44,12 @@ class Cut:
             end = tile.stop
         if not self.tiles or not all(self.tiles):
             raise ValueError(f"a cut's tiles are {self.tiles}, expected at least one part and one tile in each")
+        for name, pieces, rows in (("entry", self.entry, len(self.parts[0])), ("exit", self.exit, len(self.parts[-1]))):
+            if pieces and (len(self.tiles) < 2 or min(pieces) < 1 or sum(pieces) != rows):
+                raise ValueError(f"a cut's {name} is {pieces} and its parts {self.parts}, expected () or pieces of {rows} rows of one of "
+                                 "several parts")
+        if self.exit and len(self.tiles[-1]) > 1:
+            raise ValueError(f"a cut's exit is {self.exit} and its last part has {len(self.tiles[-1])} tiles, expected () or one tile")
 
     @classmethod
     def at(cls, total: int, boundaries: Sequence[int] = (), tiles: Sequence[Sequence[int]] = ()) -> Cut:
@@ -57,12 +70,22 @@ class Cut:
         return tuple(range(part[0].start, part[-1].stop) for part in self.tiles)
 
     @property
+    def entering(self) -> tuple[tuple[range, ...], ...]:
+        """The rows of each part as they enter."""
+        first, *others = self.parts
+        return _ranges(list(accumulate(self.entry or (len(first),), initial=0))), *((part,) for part in others)
+
+    @property
     def overlaps(self) -> bool:
         """Whether anything can be computed while something travels."""
         return len(self.tiles) > 1 or len(self.tiles[0]) > 1
 
     def __str__(self) -> str:
-        return " | ".join("+".join(str(len(tile)) for tile in part) for part in self.tiles)
+        parts = ["+".join(str(len(tile)) for tile in part) for part in self.tiles]
+        for place, word, pieces in ((0, "in", self.entry), (-1, "out", self.exit)):
+            if pieces:
+                parts[place] += f" ({word} {'+'.join(map(str, pieces))})"
+        return " | ".join(parts)
 
 
 def _ranges(ends: Sequence[int]) -> tuple[range, ...]:
@@ -72,7 +95,8 @@ def _ranges(ends: Sequence[int]) -> tuple[range, ...]:
 class Task(NamedTuple):
     """One piece of work. kind: EMBED (a part's embedded rows from the ranks that hold them), INNER (a block up to its row-parallel weight,
     for a whole part), PRODUCT (with that weight, for a tile) or SUM (over the ranks, with the norm that follows, for a tile). EMBED and
-    SUM are the communication lane's. tile is 0 for EMBED and INNER, block for EMBED."""
+    SUM are the communication lane's. tile counts the pieces of a part that enters or leaves in some; else it is 0 for EMBED and INNER.
+    block is 0 for EMBED."""
 
     kind: str
     block: int
@@ -89,14 +113,25 @@ def order(blocks: int, cut: Cut) -> Iterator[Task]:
 
     Part after part within a block. That the keys of a sequence's first part are there when its second part attends follows from it.
     """
-    for part in range(len(cut.tiles)):
-        yield Task(EMBED, 0, part, 0)
+    for part, pieces in enumerate(cut.entering):
+        for piece in range(len(pieces)):
+            yield Task(EMBED, 0, part, piece)
     for block in range(blocks):
         for part, tiles in enumerate(cut.tiles):
-            yield Task(INNER, block, part, 0)
+            if leaves(block, part, blocks, cut):
+                for piece in range(len(cut.exit)):
+                    yield from (Task(kind, block, part, piece) for kind in (INNER, PRODUCT, SUM))
+                continue
+            for piece in range(len(cut.entering[part]) if block == 0 else 1):
+                yield Task(INNER, block, part, piece)
             for tile in range(len(tiles)):
                 yield Task(PRODUCT, block, part, tile)
                 yield Task(SUM, block, part, tile)
+
+
+def leaves(block: int, part: int, blocks: int, cut: Cut) -> bool:
+    """Whether a part goes through this block in the pieces of the cut's exit."""
+    return bool(cut.exit) and 0 < block == blocks - 1 and part == len(cut.tiles) - 1
 
 
 def needs(task: Task, cut: Cut) -> list[Task]:
