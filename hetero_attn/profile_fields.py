@@ -52,12 +52,12 @@ class Origins(Mapping):
         return f"Origins({self._items!r})"
 
 
-def setting(doc: str, *, default: Any = dataclasses.MISSING, minimum: float | None = None, above: float | None = None,
-            pattern: str | None = None, form: str | None = None, counted: str | None = None):
-    """A dataclass field with its documentation and bounds: value >= minimum, value > above, or the whole string matches `pattern`
-    (`form` is that pattern in words; an integer >= 0 stands for the string `counted.format(integer)`). For a list the bounds hold for each
-    item. Without `default` the field is required."""
-    metadata = {"doc": doc, "minimum": minimum, "above": above, "pattern": pattern, "form": form, "counted": counted}
+def setting(doc: str, *, default: Any = dataclasses.MISSING, minimum: float | None = None, maximum: float | None = None,
+            above: float | None = None, pattern: str | None = None, form: str | None = None, counted: str | None = None):
+    """A dataclass field with its documentation and bounds: minimum <= value <= maximum, value > above, or the whole string matches
+    `pattern` (`form` is that pattern in words; an integer >= 0 stands for the string `counted.format(integer)`). For a list the bounds hold
+    for each item. Without `default` the field is required."""
+    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "pattern": pattern, "form": form, "counted": counted}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -78,6 +78,7 @@ class Leaf:
     pattern: str | None = None
     form: str | None = None
     counted: str | None = None
+    maximum: float | None = None
 
     def expected(self) -> str:
         """What the field takes, in words: "an integer >= 1", "a list of 3 integers >= 1 or null"."""
@@ -89,6 +90,8 @@ class Leaf:
             words = KIND_WORDS[self.kind][0]
         if self.minimum is not None:
             words += f" >= {self.minimum:g}"
+        if self.maximum is not None:
+            words += f"{' and' if self.minimum is not None else ''} <= {self.maximum:g}"
         if self.above is not None:
             words += f" > {self.above:g}"
         if self.counted is not None:
@@ -129,6 +132,8 @@ class Leaf:
             raise refused
         if (self.minimum is not None and value < self.minimum) or (self.above is not None and value <= self.above):
             raise refused
+        if self.maximum is not None and value > self.maximum:
+            raise refused
         if self.pattern is not None and not re.fullmatch(self.pattern, value):
             raise refused
         return value
@@ -167,7 +172,7 @@ def leaves(cls: type, prefix: str = "") -> dict[str, Leaf]:
         if f.name in sections(cls):
             found.update(leaves(hints[f.name], path + "."))
         elif "doc" in f.metadata:
-            bounds = {name: f.metadata[name] for name in ("doc", "minimum", "above", "pattern", "form", "counted")}
+            bounds = {name: f.metadata[name] for name in ("doc", "minimum", "maximum", "above", "pattern", "form", "counted")}
             found[path] = Leaf(path=path, default=f.default, **_kind_of(hints[f.name]), **bounds)
     return found
 

@@ -46,6 +46,8 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
         one["enum"] = list(leaf.choices)
     if leaf.minimum is not None:
         one["minimum"] = leaf.minimum
+    if leaf.maximum is not None:
+        one["maximum"] = leaf.maximum
     if leaf.above is not None:
         one["exclusiveMinimum"] = leaf.above
     if leaf.pattern is not None:
