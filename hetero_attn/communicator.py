@@ -270,6 +270,10 @@ class Communicator:
         if self.base is not None:
             self.base.use_ctas(attention, mlp)
 
+    def ctas_beside(self, site: str) -> int:
+        """(optional) On how many CTAs a sum started at a site of the model runs; 0 where sums have none."""
+        return 0 if self.base is None else self.base.ctas_beside(site)
+
     # ---- the end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

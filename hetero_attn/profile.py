@@ -26,7 +26,7 @@ from hetero_attn.profile_yaml import Entry, compose, entries, pairs, parse_set, 
 from hetero_attn.quantity import SIZE_FORM, SIZE_PATTERN
 
 __all__ = ["Alignments", "Detect", "DeviceProfile", "Hardware", "Link", "Overlap", "ProfileError",
-           "detect", "load_profile", "save_overlay", "shipped_profiles"]
+           "detect", "load_profile", "save_overlay", "shipped_profiles", "without_overlay"]
 
 BACKEND_NAME = {"pattern": r"[a-z0-9][a-z0-9_-]*", "form": "lower-case letters, digits, _ and -"}
 WHOLE_PAGES = ("shared_stage_bytes", "shared_heap_bytes", "symmetric_room_bytes", "symmetric_heap_bytes")     # multiples of 4096
@@ -154,6 +154,17 @@ def load_profile(profile: str | os.PathLike | DeviceProfile | None = None, *, se
         for key in OverlayKey(values["name"].value, here, world_size, model).generalisations():
             values |= read_overlay(key, known)
     return _build(values | assigned, _label(path))
+
+
+def without_overlay(profile: DeviceProfile, section: str) -> DeviceProfile:
+    """The profile with what the user's tuned overlay says of a section taken back: the shipped file of its name, or what is built in."""
+    known, path = leaves(DeviceProfile), shipped_profiles().get(profile.name)
+    below = {} if path is None else _read_file(path, path.name)
+    values = {key: Entry(value, origin) for key, value, origin in profile.resolved()}
+    for key, entry in list(values.items()):
+        if key.startswith(section + ".") and entry.origin.startswith("overlay "):
+            values[key] = below.get(key, Entry(known[key].default, "built-in"))
+    return _build(values, profile.name)
 
 
 def detect(device: torch.device | str | None = None) -> str:

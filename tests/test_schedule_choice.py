@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hetero_attn.communicator import shard_counts, shard_rows
 from hetero_attn.parallel.schedule_choice import Auto, Given, Places, Plain, Schedule, Tiled, Weave
 from hetero_attn.parallel.schedule_cost import CODED_SUM, PIECES, SUM, Costs, Curve, from_settings, seen_pairs
-from hetero_attn.parallel.schedule_cut import ProductTiles, dealt, shrinking, split_rows, split_tiles
+from hetero_attn.parallel.schedule_cut import Product, ProductTiles, dealt, shrinking, split_rows, split_tiles
 from hetero_attn.parallel.schedule_order import Cut, simulate
 
 PLACES = Places(shard_tokens=16, min_tokens=256, alignment=8)
@@ -46,7 +46,7 @@ def test_parts_are_aligned_ordered_and_near_even(total, parts, alignment):
 @settings(max_examples=60, deadline=None)
 def test_two_parts_have_the_fewest_waves_that_any_boundary_in_reach_has(blocks, widths, units):
     total, tiles = 128 * blocks, ProductTiles(128, 256, units)
-    (found,) = split_rows(total, 2, alignment=128, widths=widths, tiles=tiles) or [0]
+    (found,) = split_rows(total, 2, alignment=128, products=[Product(width) for width in widths], tiles=tiles) or [0]
 
     def waves(row):
         return sum(tiles.waves(row, width) + tiles.waves(total - row, width) for width in widths)
@@ -59,7 +59,7 @@ def test_two_parts_have_the_fewest_waves_that_any_boundary_in_reach_has(blocks, 
 def test_a_cut_moves_where_even_halves_would_add_a_wave():
     """9 row tiles over 4 units with one column tile: 5 + 4 rows of tiles run in 3 waves, 8 + 1 too, but 4.5 each cannot be."""
     tiles = ProductTiles(128, 256, 4)
-    (found,) = split_rows(128 * 10, 2, alignment=128, widths=[256], tiles=tiles)
+    (found,) = split_rows(128 * 10, 2, alignment=128, products=[Product(256)], tiles=tiles)
     assert found in (128 * 4, 128 * 6) and tiles.waves(found, 256) + tiles.waves(1280 - found, 256) == tiles.waves(1280, 256) == 3
     assert split_rows(128 * 10, 2, alignment=128) == [128 * 5]                        # without the formula: even, and 4 waves
 
@@ -138,7 +138,9 @@ def test_costs_go_through_the_profile_and_back():
 
 def test_a_curve_between_and_beyond_its_points():
     curve = Curve([(100, 2.0), (10, 1.0)])
-    assert [curve(rows) for rows in (1, 10, 55, 100, 200)] == [1.0, 1.0, 1.5, 2.0, 4.0]
+    assert [curve(rows) for rows in (1, 10, 55, 100, 200)] == [1.0, 1.0, 1.5, 2.0, pytest.approx(2.0 + 100 / 90)]
+    beyond = [[(10, 1.0)], [(5, 1.0), (10, 1.0)], [(5, 2.0), (10, 1.0)], [(5, 0.4), (10, 1.0)]]
+    assert [Curve(points)(20) for points in beyond] == [2.0, 1.5, 1.5, pytest.approx(2.2)]     # at least half of what a row costs there
 
 
 def test_what_each_schedule_cuts():

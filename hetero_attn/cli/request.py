@@ -90,7 +90,7 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     vocabulary = args.vocabulary or (checkpoint.manifest or profile).vocabulary
     dtype = _dtype(args.dtype or profile.dtype, config, checkpoint)
     partition = own_partition(checkpoint, rank, world_size, vocabulary)
-    _check_weights(config, checkpoint, rank, world_size, vocabulary, partition)
+    check_weights(config, checkpoint, rank, world_size, vocabulary, partition)
     tokenizer = Tokenizer.from_dir(folder) if rank == 0 else None            # a worker's folder has none
     params = _params(args, folder)
     sources = _sources(args, rank)
@@ -233,7 +233,7 @@ def _dtype(name: str, config: ModelConfig, checkpoint: Checkpoint) -> torch.dtyp
     return (config.dtype or checkpoint.dtype) if name == "auto" else DTYPES[name]
 
 
-def _check_weights(
+def check_weights(
     config: ModelConfig, checkpoint: Checkpoint, rank: int, world_size: int, vocabulary: str, partition: Partition | None
 ) -> None:
     """Every tensor the rank needs is in the checkpoint, in its shape and a usable dtype, and can be cut for this many ranks."""

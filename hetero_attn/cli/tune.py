@@ -72,13 +72,14 @@ def run(args) -> int:
     model = None
     if args.schedule is not None:
         from hetero_attn.cli import tune_schedule
-        from hetero_attn.models.config import ModelConfig
 
-        model = ModelConfig.from_dir(args.schedule).path.resolve().name
+        model = Path(args.schedule).resolve().name
         measure, call = tune_schedule.work, (args.schedule,)
     profile = load_profile(args.profile, sets=args.set, device=args.device, world_size=world_size, model=model)
     if args.model is not None and not args.show:
         raise CommandError("--model is given without --show; what is measured here is the link, which no model changes")
+    if args.schedule is not None:
+        tune_schedule.check(profile, args.schedule, env.rank if joined else 0, world_size, show=args.show)
     if args.show:
         if env.rank == 0 and args.schedule is not None:
             tune_schedule.show(profile, args.schedule, world_size, args.json)

@@ -1,8 +1,8 @@
 """hetero-attn tune --schedule MODEL: what a layer and its sums cost on this machine and link, and from how many tokens on a cut pays.
 
-Loads the model on the ranks, times a layer's pieces and sums, then runs real steps of a few layers by several cuts in turns. Costs, the
-number of parts that won and the thresholds go into the overlay of this profile, device, number of ranks and model, where
-`schedule: auto` (and `weave`) finds them.
+Loads the model on the ranks, times a layer's pieces and sums, then runs real steps of a few layers by several cuts in turns. Costs and
+thresholds go into the overlay of this profile, device, number of ranks and model, where `schedule: auto` (and `weave`) finds them, on the
+same hosts and with the same dtype, codec and communicator. What cannot be measured is refused before any rank starts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetero_attn.cli.errors import CommandError
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from hetero_attn.profile import DeviceProfile
 
 BUDGET_S = 30.0                                      # for the steps; the pieces take a few seconds beside
+
+
+def check(profile: DeviceProfile, model: str, rank: int, world_size: int, *, show: bool = False) -> None:
+    """Raises CommandError or ModelError for a model that cannot be run so, or by a profile under which nothing is to be tuned."""
+    from hetero_attn.cli.request import check_weights
+    from hetero_attn.models.load import open_model, own_partition
+    from hetero_attn.models.shard_folder import rank_folder
+
+    config, checkpoint = open_model(rank_folder(model, rank, world_size))
+    if show:
+        return
+    if profile.memory_budget is not None or profile.window is not None:
+        raise CommandError("a model whose weights are streamed is always run plain, so there is no schedule to tune; leave memory_budget "
+                           "and window out")
+    vocabulary = (checkpoint.manifest or profile).vocabulary
+    check_weights(config, checkpoint, rank, world_size, vocabulary, own_partition(checkpoint, rank, world_size, vocabulary))
 
 
 def work(model: str, profile: DeviceProfile, device: str | None, as_json: bool, dry_run: bool) -> int:
@@ -37,9 +54,6 @@ def work(model: str, profile: DeviceProfile, device: str | None, as_json: bool, 
 
     if profile.threads_per_rank:
         torch.set_num_threads(profile.threads_per_rank)
-    if profile.memory_budget is not None or profile.window is not None:
-        raise CommandError("a model whose weights are streamed is always run plain, so there is no schedule to tune; leave memory_budget "
-                           "and window out")
     plain = dataclasses.replace(profile, schedule="plain")
     with init_communicator(plain, device=device) as communicator:
         ask_for_token(communicator)
@@ -62,7 +76,7 @@ def work(model: str, profile: DeviceProfile, device: str | None, as_json: bool, 
         if not dry_run:
             note = f"hetero-attn tune --schedule, {time.strftime('%Y-%m-%d')}, {seconds:.1f} s"
             path = save_overlay(profile, found.settings(), device=device, world_size=communicator.world_size,
-                                model=decoder.config.path.resolve().name, notes={"overlap.measured": note})
+                                model=Path(model).resolve().name, notes={"overlap.measured": note})
         report(found, as_json, {"measured_in_s": round(seconds, 2), "overlay": str(path) if path else None})
         if path and not as_json:
             print(f"\nwritten to {path}", file=sys.stderr)

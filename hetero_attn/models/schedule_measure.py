@@ -7,7 +7,9 @@ of many pieces instead of many of one; what still spreads is measured longer. St
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,8 +20,9 @@ from typing import Any
 import torch
 
 from hetero_attn.communicator import Communicator
+from hetero_attn.models.config import ModelConfig
 from hetero_attn.parallel.schedule import Block
-from hetero_attn.parallel.schedule_cost import CODED_SUM, KINDS, Costs, Curve, operations
+from hetero_attn.parallel.schedule_cost import CODED_SUM, KINDS, Costs, Curve, operations, seen_pairs
 from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut
 from hetero_attn.profile_overlap import MOST_PARTS
 
@@ -30,24 +33,39 @@ SPREAD = 0.15                                        # of a piece's calls, the m
 EFFICIENCY_ROWS, EFFICIENCY_ROUNDS = 256, 5          # a cut this short, or the longest measured, shows how much of a gain is real
 DOUBTFUL = 0.5                                       # less than that is measured twice before it is believed
 LIKENESS = 1.25                                      # a row of many may cost so much more than one of fewer, or both are measured again
+LOAD_S = 5.0                                         # for QUICK_ROWS, when a model is loaded: its user waits
 PATIENCE_S = 2.0                                     # no piece is tried at more rows once it takes so long
 SITE = "tune"
 
 
 def measure_costs(
-    decoder, rows: Sequence[int] = THOROUGH_ROWS, *, use_codec: Callable[[bool], None] | None = None, repeats: int = REPEATS
+    decoder, rows: Sequence[int] = THOROUGH_ROWS, *, use_codec: Callable[[bool], None] | None = None, repeats: int = REPEATS,
+    budget_s: float = math.inf,
 ) -> Costs:
-    """The costs of `decoder`'s blocks and sums at these numbers of rows. use_codec: as Auto has it; with it coded sums are timed too."""
-    points = _Points(decoder, use_codec)
+    """The costs of `decoder`'s blocks and sums at these numbers of rows. use_codec: as Auto has it; with it coded sums are timed too.
+
+    budget_s: for all that is timed, seconds. With it only as many rows and calls are tried as fit, at least one call of each piece at the
+    fewest rows and one round of steps.
+    """
+    points = _Points(decoder, use_codec, budget_s)
     for count in sorted({min(each, decoder.config.context_length // 2 or 1) for each in rows}):
+        if not points.room_for(count):
+            break
         if points.add(count) > PATIENCE_S:
             break
     points.settle(repeats)
     if use_codec is not None:
         use_codec(False)
-    costs = points.costs()
-    efficiency, further_s = _beside(decoder, costs, min(count, EFFICIENCY_ROWS))
+    costs = replace(points.costs(), windows=windows_of(decoder.config))
+    efficiency, further_s = _beside(decoder, costs, min(points.most_rows, EFFICIENCY_ROWS), budget_s - points.spent_s)
     return replace(costs, efficiency=efficiency, further_s=further_s)
+
+
+def windows_of(config: ModelConfig) -> tuple[tuple[int | None, float], ...]:
+    """As Costs has them: () where no layer's attention has a window."""
+    if not any(config.windows):
+        return ()
+    return tuple((window, number / len(config.windows)) for window, number in Counter(config.windows).items())
 
 
 FAR = "attention farther"                            # attention's inner piece with as many keys more for every row
@@ -56,11 +74,25 @@ FAR = "attention farther"                            # attention's inner piece w
 class _Points:
     """A layer's pieces and sums at growing numbers of rows, each with the seconds of its calls so far; all ranks hold the same."""
 
-    def __init__(self, decoder, use_codec: Callable[[bool], None] | None) -> None:
-        self.decoder, self.use_codec, self.timed = decoder, use_codec, _Timer(decoder)
-        self.blocks = decoder.layers[len(decoder.layers) // 2].blocks(decoder.norm)
+    def __init__(self, decoder, use_codec: Callable[[bool], None] | None, budget_s: float = math.inf) -> None:
+        self.decoder, self.use_codec, self.timed, self.budget_s = decoder, use_codec, _Timer(decoder), budget_s
+        layer = layer_to_measure(decoder.config)
+        self.window, self.blocks = decoder.config.windows[layer], decoder.layers[layer].blocks(decoder.norm)
+        self.spent_s = 0.0                           # on the clock that all ranks share
         self.calls: dict[tuple[str, int], Callable[[], Any]] = {}
         self.tries: dict[tuple[str, int], list[float]] = {}
+
+    @property
+    def most_rows(self) -> int:
+        return max(count for _, count in self.calls)
+
+    def room_for(self, count: int) -> bool:
+        """Whether half the budget lets these rows be tried, and all pieces once more: by the rows before, in proportion. The other half is
+        for repeats and for steps."""
+        if not self.calls:
+            return True
+        once = sum(own[-1] for (_, rows), own in self.tries.items() if rows == self.most_rows) * count / self.most_rows
+        return self.spent_s + 3 * once <= self.budget_s / 2
 
     def add(self, count: int) -> float:
         """The pieces for `count` rows of a new sequence, each called once after a call that does not count -> the longest one's seconds."""
@@ -73,7 +105,7 @@ class _Points:
     def _made(self, count: int) -> dict[str, Callable[[], Any]]:
         """The calls for `count` rows, with operands of their own."""
         hidden = _hidden(self.decoder, count)
-        near, far = _context(self.decoder, count, 0), _context(self.decoder, count, count)
+        near, far = _context(self.decoder, count, 0), _context(self.decoder, count, self._past(count))
         made: dict[str, Callable[[], Any]] = {FAR: partial(self.blocks[0].inner, hidden, far)}
         for kind, block in zip(KINDS, self.blocks):
             made[f"{kind}_{INNER}"] = partial(block.inner, hidden, near)
@@ -101,13 +133,23 @@ class _Points:
         for (name, count), tries in self.tries.items():
             found.setdefault(name, []).append((count, median(tries)))
         near, far = found[f"{KINDS[0]}_{INNER}"], found.pop(FAR)
-        pair_s = max((far[-1][1] - near[-1][1]) / near[-1][0] ** 2, 0.0)                # by the most rows: there it is largest
+        most = near[-1][0]                                                              # by the most rows: there it is largest
+        further = self._pairs(most, self._past(most)) - self._pairs(most, 0)            # 0 where the window is all they see
+        pair_s = max((far[-1][1] - near[-1][1]) / further, 0.0) if further else 0.0
         # the pairs of these very measurements are counted apart
-        found[f"{KINDS[0]}_{INNER}"] = [(count, max(seconds - pair_s * count * (count + 1) / 2, 0.0)) for count, seconds in near]
+        found[f"{KINDS[0]}_{INNER}"] = [(count, max(seconds - pair_s * self._pairs(count, 0), 0.0)) for count, seconds in near]
         return Costs({name: Curve(own) for name, own in found.items()}, pair_s)
+
+    def _past(self, count: int) -> int:
+        return min(count, self.decoder.config.context_length - count)
+
+    def _pairs(self, count: int, past: int) -> int:
+        return seen_pairs(range(count), [count], [count + past], self.window)
 
     def _passes(self, points: Sequence[tuple[str, int]], calls: int) -> None:
         for _ in range(calls):
+            if self.spent_s > self.budget_s / 2:
+                return
             for name, count in points:
                 tries = self.tries[name, count]
                 if len(tries) < calls and (len(tries) < FEWEST or sum(tries) < LIMIT_S * calls / REPEATS):
@@ -131,7 +173,16 @@ class _Points:
     def _call(self, name: str, count: int, warm: bool = False) -> None:
         if self.use_codec is not None:
             self.use_codec(name == CODED_SUM)
-        self.tries[name, count].append(self.timed(self.calls[name, count], warm=warm))
+        seconds = self.timed(self.calls[name, count], warm=warm)
+        self.spent_s += (1 + warm) * seconds
+        self.tries[name, count].append(seconds)
+
+
+def layer_to_measure(config: ModelConfig) -> int:
+    """The layer that stands for all: the middle one, or of a model with windows the nearest to it that sees most."""
+    widest = max(config.windows, key=lambda window: math.inf if window is None else window)
+    middle = len(config.windows) // 2
+    return min((layer for layer, window in enumerate(config.windows) if window == widest), key=lambda layer: abs(layer - middle))
 
 
 def middle_half(tries: Sequence[float]) -> float:
@@ -140,11 +191,11 @@ def middle_half(tries: Sequence[float]) -> float:
     return (own[(3 * len(own)) // 4] - own[len(own) // 4]) / median(own)
 
 
-def _beside(decoder, costs: Costs, count: int) -> tuple[float, float]:
+def _beside(decoder, costs: Costs, count: int, left_s: float = math.inf) -> tuple[float, float]:
     """What the simulation does not know of the lanes: (efficiency, further_s) of Costs, from real steps of `count` rows.
 
     efficiency: how much of the gain that the costs promise two parts is there on the clock, 0 to 1; 1 where they promise none. further_s:
-    what four parts take more than two, beyond what the simulation says of both, a further operation.
+    what four parts take more than two, beyond what the simulation says of both, a further operation. left_s: for its steps, seconds.
     """
     if count < MOST_PARTS:
         return 1.0, 0.0
@@ -152,9 +203,14 @@ def _beside(decoder, costs: Costs, count: int) -> tuple[float, float]:
     cuts = {"plain": Cut.at(count), "halves": Cut.at(count, [count // 2]), "more": Cut.at(count, places)}
     promised = {name: costs.simulated(cut, [count], [count], layers).seconds for name, cut in cuts.items()}
     gain, times = promised["plain"] - promised["halves"], {name: [] for name in cuts}
+    round_s = sum(promised.values())
     for _ in range(2):                               # a doubtful one on the clock again: a schedule that is given up loses much more
-        for name, own in time_cuts(decoder, cuts, EFFICIENCY_ROUNDS, layers=layers).items():
+        rounds = max(int(min(left_s / max(round_s, 1e-9), EFFICIENCY_ROUNDS + 1)) - 1, 0 if times["plain"] else 1)
+        if not rounds:
+            break
+        for name, own in time_cuts(decoder, cuts, rounds, layers=layers).items():
             times[name] += own
+            left_s -= sum(own) * (rounds + 1) / rounds
         found = {name: median(own) for name, own in times.items()}
         if gain <= 0 or found["plain"] - found["halves"] >= DOUBTFUL * gain:
             break
@@ -166,14 +222,30 @@ def _beside(decoder, costs: Costs, count: int) -> tuple[float, float]:
 
 def measure_whole_sum(decoder, rows: Sequence[int]) -> dict[int, float]:
     """rows -> seconds of a sum with the residual whole on every rank: all-reduce, add, norm."""
-    communicator, norm, timed = decoder.communicator, decoder.norm, _Timer(decoder)
+    communicator, norm = decoder.communicator, decoder.norm
 
     def call(hidden: torch.Tensor) -> None:
         norm(hidden + communicator.all_reduce(communicator.empty(hidden.shape, hidden.dtype).copy_(hidden), site=SITE))
 
-    calls = {count: partial(call, _hidden(decoder, count)) for count in rows}
+    return _medians(decoder, {count: partial(call, _hidden(decoder, count)) for count in rows})
+
+
+def measure_coded_sum(decoder, use_codec: Callable[[bool], None], rows: Sequence[int] = QUICK_ROWS) -> Curve:
+    """CODED_SUM by itself, for costs that were measured without it."""
+    block = decoder.layers[layer_to_measure(decoder.config)].blocks(decoder.norm)[0]
+    use_codec(True)
+    try:
+        found = _medians(decoder, {count: partial(_sum, decoder.communicator, block, _hidden(decoder, count)) for count in rows})
+    finally:
+        use_codec(False)
+    return Curve(found.items())
+
+
+def _medians(decoder, calls: Mapping[int, Callable[[], Any]]) -> dict[int, float]:
+    """Seconds of some calls that take turns."""
+    timed = _Timer(decoder)
     tries = [{count: timed(own, warm=not number) for count, own in calls.items()} for number in range(REPEATS)]
-    return {count: median(each[count] for each in tries) for count in rows}
+    return {count: median(each[count] for each in tries) for count in calls}
 
 
 def time_cuts(decoder, cuts: Mapping[str, Cut], rounds: int, *, layers: int | None = None) -> dict[str, list[float]]:

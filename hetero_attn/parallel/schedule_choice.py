@@ -6,13 +6,14 @@ without looking at anything else. None means that the step is too short for the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hetero_attn.parallel.schedule_cost import ATTENTION, CODED_SUM, MLP, Costs
-from hetero_attn.parallel.schedule_cut import ProductTiles, shrinking, split_rows, split_tiles
+from hetero_attn.parallel.schedule_cost import ATTENTION, CODED_SUM, MLP, SIMULATED_LAYERS, Costs
+from hetero_attn.parallel.schedule_cut import Product, ProductTiles, shrinking, split_rows, split_tiles
 from hetero_attn.parallel.schedule_order import INNER, PRODUCT, SUM, Cut, simulate
 from hetero_attn.profile_overlap import MOST_PARTS
 
@@ -58,18 +59,18 @@ class Given(Schedule):
 
 @dataclass(frozen=True)
 class Places:
-    """What the planner knows: thresholds in tokens, the alignment and the product's tiles, a layer's product widths, and the ranks."""
+    """What the planner knows: thresholds in tokens, the alignment and the product's tiles, a layer's products, and the ranks."""
 
     shard_tokens: int
     min_tokens: int
     alignment: int = 1
     tiles: ProductTiles | None = None
-    widths: tuple[int, ...] = ()
+    products: tuple[Product, ...] = ()
     ranks: int = 1
 
     def weave(self, total: int, parts: int) -> Cut:
         """`parts` parts, or fewer where there are not enough rows."""
-        return Cut.at(total, split_rows(total, parts, alignment=self.alignment, widths=self.widths, tiles=self.tiles))
+        return _woven(self, total, parts)
 
     def tapered(self, cut: Cut, counts: Sequence[int], lengths: Sequence[int], costs: Costs) -> Cut:
         """A weave whose first part enters, and whose last part leaves, in pieces, where the costs say that it gains by that."""
@@ -89,6 +90,11 @@ class Places:
         """One part of `tiles` tiles, long and short by the MLP's product and sum; equal ones where their costs are unknown."""
         product_s, sum_s = (costs.pieces[f"{MLP}_{PRODUCT}"](total), costs.pieces[SUM](total)) if costs else (1.0, 1.0)
         return Cut.at(total, (), [split_tiles(total, tiles, product_s, sum_s, alignment=self.alignment)])
+
+
+@functools.lru_cache(maxsize=REMEMBERED)             # a tile_shape makes the search long, and steps of a chunked prompt are alike
+def _woven(places: Places, total: int, parts: int) -> Cut:
+    return Cut.at(total, split_rows(total, parts, alignment=places.alignment, products=places.products, tiles=places.tiles))
 
 
 class Plain(Schedule):
@@ -146,8 +152,8 @@ class Tiled(Plain):
 class Auto(Plain):
     """What costs least by the costs: plain, a weave or tiles, exact sums or coded ones where there is such a choice.
 
-    parts, tiles: fixed numbers, None = any. use_codec: called at every step with whether this step's sums are to be coded, where the costs
-    have CODED_SUM; a coded sum is lossy and is taken only if it saves WORTH of the step.
+    parts, tiles: fixed numbers, None = any. use_codec: called at every step with whether this step's sums are to be coded, and never where
+    the costs lack CODED_SUM; a coded sum is lossy and is taken only if it saves WORTH of the step.
     """
 
     name = "auto"
@@ -155,15 +161,20 @@ class Auto(Plain):
     def __init__(self, places: Places, costs: Costs, parts: int | None = None, tiles: int | None = None,
                  use_codec: Callable[[bool], None] | None = None) -> None:
         super().__init__(places)
-        self.costs, self.parts, self.tiles, self.use_codec = costs, parts, tiles, use_codec
+        self.costs, self.parts, self.tiles, self.use_codec = costs, parts, tiles, use_codec if CODED_SUM in costs.pieces else None
         self._chosen: dict[tuple, tuple[Cut | None, bool]] = {}
+        self._spare_s: dict[int, float] = {}
 
     def cut(self, counts: Sequence[int], lengths: Sequence[int]) -> Cut | None:
-        key = tuple(counts), tuple(lengths)
+        if sum(counts) < self.places.min_tokens:     # every step of decoding, and no two have the same lengths: nothing to remember
+            if self.use_codec is not None:
+                self.use_codec(self._short_coded(counts, lengths))
+            return super().cut(counts, lengths)
+        key = alike(counts, lengths)
         if key not in self._chosen:
             if len(self._chosen) >= REMEMBERED:
                 self._chosen.clear()
-            self._chosen[key] = self.choose(*key)
+            self._chosen[key] = self.choose(counts, lengths)
         cut, coded = self._chosen[key]
         if self.use_codec is not None:
             self.use_codec(coded)
@@ -172,12 +183,13 @@ class Auto(Plain):
     def choose(self, counts: Sequence[int], lengths: Sequence[int]) -> tuple[Cut | None, bool]:
         """(cut, whether sums are coded) of a step. A plainer choice stands unless another saves WORTH of it."""
         total, plain = sum(counts), super().cut(counts, lengths)
+        if total < self.places.min_tokens:
+            return plain, self.use_codec is not None and self._short_coded(counts, lengths)
         choices = [(plain or Cut.at(total), False)]
-        if total >= self.places.min_tokens:
-            choices += [(self.places.tapered(self.places.weave(total, parts), counts, lengths, self.costs), False)
-                        for parts in ([self.parts] if self.parts else range(2, MOST_PARTS + 1))]
-            choices.append((Tiled(self.places, self.tiles, self.costs).cut(counts, lengths), False))
-        if self.use_codec is not None and CODED_SUM in self.costs.pieces:
+        choices += [(self.places.tapered(self.places.weave(total, parts), counts, lengths, self.costs), False)
+                    for parts in ([self.parts] if self.parts else range(2, MOST_PARTS + 1))]
+        choices.append((Tiled(self.places, self.tiles, self.costs).cut(counts, lengths), False))
+        if self.use_codec is not None:
             choices += [(cut, True) for cut, _ in choices]
         seconds = [self.costs.seconds(cut, counts, lengths, coded=coded) for cut, coded in choices]
         best = 0
@@ -188,6 +200,31 @@ class Auto(Plain):
                 best = nearest
         cut, coded = choices[best]
         return (plain, coded) if cut == choices[0][0] else (cut, coded)
+
+    def _short_coded(self, counts: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether the sums of a step that is not cut are coded. Of as many tokens only the pairs tell two steps apart, and whatever time
+        they take makes what a codec saves a smaller part of the step: so it is worked out once how much time that may be."""
+        total = sum(counts)
+        if total not in self._spare_s:
+            exact, coded = (self.costs.seconds(Cut.at(total), [], [], coded=coded) for coded in (False, True))
+            if len(self._spare_s) >= REMEMBERED:
+                self._spare_s.clear()
+            self._spare_s[total] = ((1 - WORTH) * exact - coded) / WORTH
+        pairs = self.costs.pairs(range(total), counts, lengths)
+        return SIMULATED_LAYERS * self.costs.pair_s * pairs < self._spare_s[total]
+
+
+def alike(counts: Sequence[int], lengths: Sequence[int]) -> tuple:
+    """What a step shares with those that may be cut as it was: the rows, and about as many keys. Beside a long prompt others decode, and
+    their lengths are new at every step: they count together."""
+    decoding = sum(length for count, length in zip(counts, lengths) if count == 1)
+    return tuple(counts), tuple(_about(length) for count, length in zip(counts, lengths) if count > 1), _about(decoding)
+
+
+def _about(number: int) -> int:
+    """Its first five bits: at most a sixteenth less."""
+    shift = max(number.bit_length() - 5, 0)
+    return number >> shift << shift
 
 
 def linear_tiles(total: int, product_s: Callable[[int], float], sum_s: Callable[[int], float], *, alignment: int = 1) -> Cut:

@@ -27,12 +27,27 @@ class ProductTiles:
         return math.ceil(math.ceil(m / self.rows) * math.ceil(n / self.columns) / self.units)
 
 
-def split_rows(total: int, parts: int, *, alignment: int = 1, widths: Sequence[int] = (), tiles: ProductTiles | None = None) -> list[int]:
+@dataclass(frozen=True)
+class Product:
+    """A layer's product of `columns` columns; `times` of them with `share` of the rows each (experts, which see a part of the tokens)."""
+
+    columns: int
+    share: float = 1.0
+    times: int = 1
+
+    def waves(self, rows: int, tiles: ProductTiles) -> int:
+        """Turns of all units for a part of so many rows. Times after one another: each has its own rows."""
+        return self.times * tiles.waves(math.ceil(rows * self.share), self.columns)
+
+
+def split_rows(
+    total: int, parts: int, *, alignment: int = 1, products: Sequence[Product] = (), tiles: ProductTiles | None = None
+) -> list[int]:
     """Rows of `total` where up to `parts` - 1 further parts begin: multiples of the alignment with the fewest waves in all, and of those
     the ones nearest to even.
 
-    widths: the columns N of every product of a layer; without them and `tiles` only evenness counts. Fewer parts come back where there
-    are not enough aligned rows for all.
+    products: a layer's; without them and `tiles` only evenness counts. Fewer parts come back where there are not enough aligned rows for
+    all.
     """
     if total < 0 or parts < 1 or alignment < 1:
         raise ValueError(f"split_rows: total {total}, parts {parts}, alignment {alignment}: expected at least 0, 1 and 1")
@@ -43,7 +58,7 @@ def split_rows(total: int, parts: int, *, alignment: int = 1, widths: Sequence[i
         if tiles is None:
             return 0
         if rows not in known:
-            known[rows] = sum(tiles.waves(rows, width) for width in widths)
+            known[rows] = sum(product.waves(rows, tiles) for product in products)
         return known[rows]
 
     # ways to the row -> (waves so far, unevenness so far, boundaries)

@@ -2,13 +2,15 @@
 
 Work stands in two lanes. The compute lane takes its tasks one after the other; so does the communication lane. A task begins when its lane
 is free and what it needs is done, and waits for nothing else: no phases, no barrier between the lanes. The executor (schedule.py) runs the
-very list that is simulated here, so what simulate() says of a cut is what the cut can reach at best.
+very list that is simulated here, so what simulate() says of a cut is what the cut reaches where every task takes as long as it is told:
+it knows no waiting but the order's own. It is as good as those times, and no bound: the clock beats it where they are too long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -64,12 +66,12 @@ class Cut:
         """T, the rows of the step."""
         return self.tiles[-1][-1].stop
 
-    @property
+    @cached_property
     def parts(self) -> tuple[range, ...]:
         """The rows of each part."""
         return tuple(range(part[0].start, part[-1].stop) for part in self.tiles)
 
-    @property
+    @cached_property
     def entering(self) -> tuple[tuple[range, ...], ...]:
         """The rows of each part as they enter."""
         first, *others = self.parts
