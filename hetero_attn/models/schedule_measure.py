@@ -57,7 +57,8 @@ def measure_costs(
     if use_codec is not None:
         use_codec(False)
     costs = replace(points.costs(), windows=windows_of(decoder.config))
-    efficiency, further_s = _beside(decoder, costs, min(points.most_rows, EFFICIENCY_ROWS), budget_s - points.spent_s)
+    efficiency, further_s = _beside(decoder, costs, sorted({min(each, EFFICIENCY_ROWS) for _, each in points.calls}),
+                                    budget_s - points.spent_s)
     return replace(costs, efficiency=efficiency, further_s=further_s)
 
 
@@ -191,15 +192,19 @@ def middle_half(tries: Sequence[float]) -> float:
     return (own[(3 * len(own)) // 4] - own[len(own) // 4]) / median(own)
 
 
-def _beside(decoder, costs: Costs, count: int, left_s: float = math.inf) -> tuple[float, float]:
-    """What the simulation does not know of the lanes: (efficiency, further_s) of Costs, from real steps of `count` rows.
+def _beside(decoder, costs: Costs, rows: Sequence[int], left_s: float = math.inf) -> tuple[float, float]:
+    """What the simulation does not know of the lanes: (efficiency, further_s) of Costs, from real steps of the most of `rows` for which
+    left_s lasts.
 
     efficiency: how much of the gain that the costs promise two parts is there on the clock, 0 to 1; 1 where they promise none. further_s:
-    what four parts take more than two, beyond what the simulation says of both, a further operation. left_s: for its steps, seconds.
+    what four parts take more than two, beyond what the simulation says of both, a further operation.
     """
+    layers = min(2, len(decoder.layers))
+    once = [6 * costs.simulated(Cut.at(each), [each], [each], layers).seconds for each in rows]        # three cuts, each called before
+    count = max((each for each, seconds in zip(rows, once) if seconds <= left_s), default=rows[0])
     if count < MOST_PARTS:
         return 1.0, 0.0
-    layers, places = min(2, len(decoder.layers)), [part * count // MOST_PARTS for part in range(1, MOST_PARTS)]
+    places = [part * count // MOST_PARTS for part in range(1, MOST_PARTS)]
     cuts = {"plain": Cut.at(count), "halves": Cut.at(count, [count // 2]), "more": Cut.at(count, places)}
     promised = {name: costs.simulated(cut, [count], [count], layers).seconds for name, cut in cuts.items()}
     gain, times = promised["plain"] - promised["halves"], {name: [] for name in cuts}
