@@ -14,7 +14,7 @@ MOST_PARTS = 4
 MEASURED = ("attention_inner", "attention_product", "mlp_inner", "mlp_product", "sum", "coded_sum")
 COST = {"pattern": rf"({'|'.join(MEASURED)}) [1-9][0-9]{{0,8}} [0-9]{{1,18}}(\.[0-9]{{1,18}})?(e[+-]?[0-9]{{1,2}})?",
         "form": f"what, rows >= 1, milliseconds >= 0, as in 'sum 64 1.5'; what is one of {', '.join(MEASURED)}"}
-CONDITION = {"pattern": r"(dtype|codec|communicator) \S+|host [0-9]+ \S+", "form": "as in 'dtype bfloat16', 'host 0 alpha'"}
+CONDITION = {"pattern": r"(dtype|codec|communicator) [!-~]+|host [0-9]+ [!-~]+", "form": "as in 'dtype bfloat16', 'host 0 alpha'"}
 
 
 @dataclass(frozen=True)

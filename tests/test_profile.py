@@ -21,6 +21,7 @@ from hetero_attn.profile import (
     Detect,
     DeviceProfile,
     Hardware,
+    Overlap,
     ProfileError,
     detect,
     load_profile,
@@ -193,9 +194,10 @@ def values_of(leaf):
     elif leaf.kind is str:
         one = st.from_regex(leaf.pattern, fullmatch=True).filter(lambda t: t != "reference") if leaf.pattern else TEXT
     elif leaf.kind is float:
-        one = st.floats(min_value=max(leaf.minimum or 0, leaf.above or 0), exclude_min=leaf.above is not None, allow_infinity=False)
+        one = st.floats(min_value=max(leaf.minimum or 0, leaf.above or 0), max_value=leaf.maximum, exclude_min=leaf.above is not None,
+                        allow_infinity=False)
     else:
-        one = st.booleans() if leaf.kind is bool else st.integers(min_value=int(leaf.minimum), max_value=2**70)
+        one = st.booleans() if leaf.kind is bool else st.integers(int(leaf.minimum), leaf.maximum or 2**70)
     if leaf.many:
         one = st.lists(one, min_size=leaf.length or 0, max_size=leaf.length or 4, unique=leaf.kind is str).map(tuple)
     return one | st.none() if leaf.optional else one
@@ -207,6 +209,9 @@ def instances(draw, cls, prefix=""):
     for name, leaf in leaves(cls).items():
         if "." not in name and (prefix or name not in ("backends", "awaits", "communicators")):
             given_values[name] = draw(values_of(leaf))
+    if cls is Overlap:                                       # a point of a curve stands there once
+        once = {text.rpartition(" ")[0]: text for text in given_values["measured"]}
+        given_values["measured"] = tuple(once.values())
     if cls is Hardware and given_values["ub_reserved_bytes"] is not None:
         given_values["ub_bytes"] = given_values["ub_reserved_bytes"] + draw(st.integers(1, 1000))
     if cls is DeviceProfile:
