@@ -103,8 +103,8 @@ def test_what_a_further_sum_costs_is_seen_on_the_clock(monkeypatch):
         return {name: [seconds] * rounds for name, seconds in took.items()}
 
     monkeypatch.setattr(schedule_measure, "time_cuts", clock)
-    assert schedule_measure._beside(decoder, costs, 256) == (pytest.approx(0.8), pytest.approx(2e-3))
-    assert schedule_measure._beside(decoder, costs, 3) == (1.0, 0.0)
+    assert schedule_measure._beside(decoder, costs, [256]) == (pytest.approx(0.8), pytest.approx(2e-3))
+    assert schedule_measure._beside(decoder, costs, [3]) == (1.0, 0.0)
 
 
 def test_a_seeded_fault_is_caught(monkeypatch):
