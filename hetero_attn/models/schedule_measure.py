@@ -36,6 +36,7 @@ LIKENESS = 1.25                                      # a row of many may cost so
 LOAD_S = 5.0                                         # for QUICK_ROWS, when a model is loaded: its user waits
 PATIENCE_S = 2.0                                     # no piece is tried at more rows once it takes so long
 SITE = "tune"
+FAR = "attention farther"                            # a piece: attention's inner one with as many keys more for every row
 
 
 def measure_costs(
@@ -67,9 +68,6 @@ def windows_of(config: ModelConfig) -> tuple[tuple[int | None, float], ...]:
     if not any(config.windows):
         return ()
     return tuple((window, number / len(config.windows)) for window, number in Counter(config.windows).items())
-
-
-FAR = "attention farther"                            # attention's inner piece with as many keys more for every row
 
 
 class _Points:
