@@ -63,13 +63,6 @@ def measure_costs(
     return replace(costs, efficiency=efficiency, further_s=further_s)
 
 
-def windows_of(config: ModelConfig) -> tuple[tuple[int | None, float], ...]:
-    """As Costs has them: () where no layer's attention has a window."""
-    if not any(config.windows):
-        return ()
-    return tuple((window, number / len(config.windows)) for window, number in Counter(config.windows).items())
-
-
 class _Points:
     """A layer's pieces and sums at growing numbers of rows, each with the seconds of its calls so far; all ranks hold the same."""
 
@@ -175,6 +168,13 @@ class _Points:
         seconds = self.timed(self.calls[name, count], warm=warm)
         self.spent_s += (1 + warm) * seconds
         self.tries[name, count].append(seconds)
+
+
+def windows_of(config: ModelConfig) -> tuple[tuple[int | None, float], ...]:
+    """As Costs has them: () where no layer's attention has a window."""
+    if not any(config.windows):
+        return ()
+    return tuple((window, number / len(config.windows)) for window, number in Counter(config.windows).items())
 
 
 def layer_to_measure(config: ModelConfig) -> int:
