@@ -56,7 +56,7 @@ def test_a_trace_that_cannot_be_is_refused_before_anything_runs(tmp_path):
 
 @pytest.mark.ranks
 def test_tune_writes_what_it_measured_where_auto_finds_it(tmp_path):
-    done = command("tune", "--schedule", MODEL, "--tp", 2, "--json", config=tmp_path)
+    done = command("tune", "--schedule", MODEL, "--tp", 2, "--json", "--set", "dtype=float32", config=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert Path(found["overlay"]).is_file() and [row["tokens"] for row in found["rows"]][:2] == [128, 256]
@@ -66,7 +66,9 @@ def test_tune_writes_what_it_measured_where_auto_finds_it(tmp_path):
     missing = command("tune", "--schedule", MODEL, "--tp", 3, "--show", config=tmp_path)
     assert missing.returncode and f"tune --schedule {MODEL} --tp 3" in missing.stderr
     again = generate(tmp_path, "--tp", 2)                           # auto, by that overlay
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 0 and "left aside" not in again.stderr, again.stderr
+    other = generate(tmp_path, "--tp", 2, "--dtype", "bfloat16")
+    assert other.returncode == 0 and "left aside, it holds for dtype float32, and here is dtype bfloat16" in other.stderr, other.stderr
 
 
 def test_the_trace_is_chromes_and_written_whole_or_not_at_all(tmp_path):
