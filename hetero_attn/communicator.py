@@ -52,6 +52,11 @@ class Handle:
         """
         return self._result
 
+    def when_over(self, call: Callable[[], None]) -> bool:
+        """(optional) Have `call` called, on whatever thread, as soon as an operation is over that the host does to its end: True. This
+        default: False, wait() stops nobody who could not be stopped, and nothing is called."""
+        return False
+
 
 def shard_rows(total: int, rank: int, world_size: int) -> slice:
     """The rows of `total` that `rank` owns: contiguous, in rank order; the first total % world_size ranks have one more."""
@@ -301,12 +306,6 @@ class Communicator:
         own = self.rows(x.shape[0]) if isinstance(x, torch.Tensor) else slice(0, 0)
         call.check(own.stop - own.start, f"rank {self.rank} of {self.world_size}")
         return call
-
-    def check_norm_arguments(
-        self, x: torch.Tensor, residual_shard: torch.Tensor, weight: torch.Tensor, post_weight: torch.Tensor | None
-    ) -> None:
-        """checked_norm() of the tensors alone."""
-        self.checked_norm(NormArguments(x, residual_shard, weight, 0.0, "", 0.0, post_weight))
 
     # A wrapper that carries collectives by a way of its own keeps one order, one error and one thread with its base by these four.
 

@@ -16,6 +16,7 @@ EPILOG = """examples:
   hetero-attn generate examples/tiny-llama --prompt 'def fibonacci(n):' --tp 2
   hetero-attn generate MODEL --prompt A --prompt B --json
   cat question.txt | hetero-attn generate MODEL --chat --system 'Be brief.' -
+  hetero-attn generate MODEL --tp 2 --schedule weave --trace out.json --prompt-file long.txt
   torchrun --nnodes=2 --nproc-per-node=1 --rdzv-endpoint=HOST:PORT -m hetero_attn generate MODEL --trust-network --prompt A"""
 
 
@@ -72,6 +73,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                                                             "else in host memory), all-device, or how many layers' lie in host memory")
     where.add_argument("--device-memory", metavar="SIZE", help="memory of each rank's device that weights, activations and KV may "
                                                                "take, such as 14GiB (default: what is free)")
+    where.add_argument("--schedule", choices=["plain", "weave", "tiled", "auto"],
+                       help="how ranks run long steps: plain, one sum after the other; weave, in parts, one computed while another is "
+                            "summed; tiled, products and sums in tiles; auto, what costs least (default: the profile's)")
     where.add_argument("--timeout", type=float, metavar="SECONDS", help="longest wait for another rank (the profile's timeout_s)")
 
     faults = parser.add_argument_group("faults and networks")

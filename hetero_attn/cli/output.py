@@ -10,8 +10,10 @@ from typing import Any
 
 from hetero_attn.cli.request import Request
 from hetero_attn.collectives.codec import Traffic
+from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import Generation, Piece
 from hetero_attn.parallel.placement import Placement, spread
+from hetero_attn.parallel.schedule_choice import Auto, Plain, Tiled, Weave
 from hetero_attn.quantity import shown_bytes
 from hetero_attn.spec import dtype_name
 
@@ -104,6 +106,35 @@ def report_placements(placements: Sequence[dict[str, int]]) -> None:
         limit = f"; device memory at most {shown_bytes(each['device_peak'])} of {shown_bytes(each['device_memory'])}" if each[
             "device_memory"] else ""
         print(f"rank {rank}: KV of {found}: {sizes}{limit}", file=sys.stderr, flush=True)
+
+
+def report_trace(request: Request, model: Decoder, *, empty: bool) -> None:
+    """One line on stderr: the file, and where nothing went on beside computing why not, and what to set. empty: nothing is in it."""
+    reason = "" if model.recorder.overlapped or (model.communicator.world_size == 1 and not empty) else uncut(model, empty)
+    if reason and empty:
+        reason = f"nothing is in it: {reason}, and all KV lay on the device"
+    print(f"trace: {request.trace}" + (f" ({reason})" if reason else ""), file=sys.stderr, flush=True)
+
+
+def uncut(model: Decoder, empty: bool) -> str:
+    """Why a model that has run cut none of its steps, and what would have cut one. empty: none was long enough to be taken down either."""
+    schedule, chunk = model.schedule, model.profile.prefill_chunk
+    if model.communicator.world_size == 1:
+        return "one rank sums nothing"
+    if model.window is not None:
+        return "no step is cut where weights are streamed"
+    if not isinstance(schedule, Plain):
+        return "the device overlaps products and sums by itself"
+    places, key = schedule.places, f"overlap.min_tokens{'_moe' if model.config.experts else ''}"
+    remedy = "give a longer prompt, or" if places.min_tokens <= chunk else f"steps take up to {chunk};"
+    remedy += f" --set {key}=N"
+    if isinstance(schedule, (Weave, Tiled)):
+        return f"no step had the {places.min_tokens} tokens from which {schedule.name} cuts: {remedy}"
+    if isinstance(schedule, Auto):
+        return (f"auto cut no step: none had {places.min_tokens} tokens, or it would not have paid; {remedy}, and --schedule weave to cut "
+                "in any case")
+    short = f", and none had the {places.shard_tokens} tokens (overlap.shard_tokens) from which plain ones are shown" if empty else ""
+    return f"every step ran plain{short}; --schedule weave cuts those of {places.min_tokens} tokens and more: {remedy}"
 
 
 def placement_facts(placements: Sequence[dict[str, int]]) -> list[dict[str, Any]]:

@@ -32,12 +32,14 @@ from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.models.weights import Checkpoint
 from hetero_attn.parallel.placement import parse, shown
 from hetero_attn.parallel.sharding import Partition
+from hetero_attn.parallel.trace_file import objection, settled
 from hetero_attn.profile import DeviceProfile, load_profile
 from hetero_attn.profile_detect import present_device
 from hetero_attn.quantity import parse_bytes
 from hetero_attn.spec import AttentionSpec
 
 LONGEST_TIMEOUT_S = 1_000_000       # torch's store counts 32-bit milliseconds
+CUTTING = ("weave", "tiled")         # schedules that would do nothing on one rank
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -80,6 +82,9 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         raise CommandError("--system is the first message of a conversation: give --chat too")
     folder = rank_folder(args.model, rank, world_size)
     config, checkpoint = open_model(folder)
+    if args.schedule in CUTTING and world_size == 1:
+        raise CommandError(f"--schedule {args.schedule} cuts steps for the sums between ranks, and one rank sums nothing: give --tp N "
+                           "with N above 1, or leave it out")
     profile = load_profile(args.profile, sets=_sets(args), device=args.device, world_size=world_size, model=Path(args.model).resolve().name)
     device = present_device(args.device if args.device is not None else profile.device)
     check_placement(profile, config, streams=profile.memory_budget is not None or profile.window is not None)
@@ -101,7 +106,8 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
         chat=args.chat, system=args.system, json=args.json, stream=not (args.no_stream or args.json), echo=args.echo,
         interactive=not sources,
         bar=True if args.progress else None, cache_tokens=None, cache_sequences=1,
-        restart=_restart_file(args, bool(sources) or rank > 0), trust_network=args.trust_network, trace=_trace(args, world_size, profile),
+        restart=_restart_file(args, bool(sources) or rank > 0), trust_network=args.trust_network,
+        trace=_trace(args, world_size, rank, profile),
     )
     ids = [prompt_ids(prompt, config, tokenizer, name) for prompt, name in zip(as_prompts(request, tokenizer), _names(prompts))]
     if ids:
@@ -112,18 +118,16 @@ def checked(args, world_size: int, *, rank: int = 0) -> Request:
     return request
 
 
-def _trace(args, world_size: int, profile: DeviceProfile) -> Path | None:
+def _trace(args, world_size: int, rank: int, profile: DeviceProfile) -> Path | None:
+    """The file for --trace, which rank 0 writes and need not exist elsewhere. Raises CommandError."""
     if args.trace is None:
         return None
-    path = Path(args.trace)
     if world_size == 1 and not may_offload(profile):
         raise CommandError("--trace shows computing beside communicating and copying, and one rank does neither here: give --tp N with N "
                            "above 1, or let layers' KV lie in host memory (--placement N, --device-memory SIZE)")
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise CommandError(f"--trace is {args.trace}, expected a file in a folder that exists")
-    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
-        raise CommandError(f"--trace is {args.trace}, which cannot be written; name a file in a folder of yours")
-    return path
+    if rank == 0 and (reason := objection(args.trace)) is not None:
+        raise CommandError(f"--trace is {args.trace}, {reason}")
+    return settled(args.trace)
 
 
 def opening(request: Request) -> list[dict[str, str]]:
@@ -170,6 +174,8 @@ def _sets(args) -> list[str]:
             raise CommandError(f"--window is {args.window}, expected at least 1 block")
         sets.append(f"window={args.window}")
     sets += placement_sets(args.placement, args.device_memory)
+    if args.schedule is not None:
+        sets.append(f"schedule={args.schedule}")
     if args.timeout is not None:
         if not 0 < args.timeout <= LONGEST_TIMEOUT_S:
             raise CommandError(f"--timeout is {args.timeout:g}, expected seconds: above 0, at most {LONGEST_TIMEOUT_S}")

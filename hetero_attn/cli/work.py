@@ -20,7 +20,7 @@ import torch
 
 from hetero_attn.cli.chat import converse
 from hetero_attn.cli.errors import REFUSED, CommandFailed, report
-from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_placements, report_speed
+from hetero_attn.cli.output import TextPrinter, report_json, report_peaks, report_placements, report_speed, report_trace
 from hetero_attn.cli.progress import ByteProgress
 from hetero_attn.cli.request import Request, as_prompts
 from hetero_attn.cli.trust import ask_for_token, need_trust
@@ -34,7 +34,8 @@ from hetero_attn.models.placing import gather_placements
 from hetero_attn.models.restart import RestartLog
 from hetero_attn.models.tokenizer import Tokenizer
 from hetero_attn.parallel.launch import RankFailure, run_ranks
-from hetero_attn.parallel.trace import Recorder, gather_events, meet, write_trace
+from hetero_attn.parallel.trace import Recorder, gather_events, meet
+from hetero_attn.parallel.trace_file import write_trace
 from hetero_attn.registry import use_backend
 
 RESTARTS = 3                    # of ranks started here
@@ -88,8 +89,7 @@ def work(request: Request) -> int:
         summarise(request, results, load_s, model, peaks, placements)
         if events is not None:
             write_trace(request.trace, events)
-            empty = "" if any(events) else " (nothing is in it: no step was cut, and all KV lay on the device)"
-            print(f"trace: {request.trace}{empty}", file=sys.stderr, flush=True)
+            report_trace(request, model, empty=not any(events))
     except (*REFUSED, OSError) as refused:
         return report(refused)
     finally:

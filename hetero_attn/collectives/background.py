@@ -28,6 +28,10 @@ class FutureHandle(Handle):
     def wait(self) -> Any:
         return self._future.result()
 
+    def when_over(self, call: Callable[[], None]) -> bool:
+        self._future.add_done_callback(lambda future: call())
+        return True
+
 
 class CommunicationThread:
     """A queue of calls and the thread that does them in order. The thread starts with the first call and is a daemon."""

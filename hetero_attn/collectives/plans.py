@@ -88,6 +88,9 @@ class StagedHandle(Handle):
     def wait(self) -> Any:
         return _used_on(self._module.current_stream(), self._handle.wait())
 
+    def when_over(self, call: Callable[[], None]) -> bool:
+        return self._handle.when_over(call)
+
 
 def _used_on(stream: Any, result: Any) -> Any:
     """The result, allocated for the side stream and from now on used on this one."""

@@ -1,19 +1,17 @@
 """What ran when: a recorder that a schedule tells of its tasks, and the Chrome trace of all ranks that is made of it.
 
 The file opens in chrome://tracing or ui.perfetto.dev: one process a rank, a compute lane and a communication lane in each, and where
-layers' KV lies in host memory (offload.py) one lane for each direction of its copies and one for the host's attention. Times are each
-host's monotonic clock, counted from a moment that the ranks meet at; on one host that is one clock.
+layers' KV lies in host memory (offload.py) one lane for each direction of its copies and one for the host's attention. Times count from a
+moment that the ranks meet at with nothing under way: by the host's monotonic clock on a CPU; by the device's events on a device, where only
+what the host does to its end (its attention, sums through host memory) goes by the host's clock. On one host they are one time.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -45,23 +43,31 @@ class Recorder:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._events: list[Event] = []
-        self._pending: list[tuple[str, str, Any, Any, int, int]] = []       # lane, name, device events, rows, part
+        self._pending: list[tuple[str, str, Any, Any, int, int]] = []       # lane, name, marks, rows, part
         self._marker: Any = None
+        self.overlapped = False                      # whether anything was started to go on beside computing
         self.begin()
 
     def begin(self) -> None:
         """Forget what was taken down; times count from now."""
         self._events, self._pending = [], []
+        self.settle()                                # the device's zero and the host's are then one moment
         self._zero = time.perf_counter()
         self._zero_mark = self._mark()
 
+    def settle(self) -> None:
+        """Wait for what is under way on a device."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+
     def events(self) -> list[Event]:
         """Everything so far, in the order in which it began. On a device, waits for what is under way."""
-        if self._pending:
-            torch.get_device_module(self.device).synchronize()
+        self.settle()
         last = 0.0
         for lane, name, first, final, rows, part in self._pending:
-            begin, end = (self._zero_mark.elapsed_time(mark) * 1e-3 for mark in (first, final))
+            if final == []:                          # given up with an error: nobody has waited for it
+                continue
+            begin, end = self._seconds(first), self._seconds(final)
             if lane == COMMUNICATION:                # begins when it is ready and the one before it is done
                 begin, last = max(begin, last), end
             self._events.append(Event(lane, name, begin, end, rows, part))
@@ -106,6 +112,7 @@ class Recorder:
         self, communicator: Communicator, name: str, rows: int, part: int, operation: str, arguments: Sequence[Any], options: dict[str, Any]
     ) -> Callable[[], Any]:
         """Begin an operation of the communicator, to be taken down when it runs -> what waits for its result."""
+        self.overlapped = True
         if self.device.type != "cpu":
             return self._on_device(communicator.start(operation, *arguments, **options), name, rows, part)
 
@@ -126,15 +133,32 @@ class Recorder:
         return result
 
     def _on_device(self, handle: Any, name: str, rows: int, part: int) -> Callable[[], Any]:
-        """Mark when the handle's stream is through, on a stream that does nothing but wait for it."""
+        """Mark when the handle's operation is over: by the clock where the host does it to its end, since waiting for that here would
+        leave nothing beside it; else on a stream that does nothing but wait for it."""
+        first, final = self._mark(), []
+
+        def over() -> None:
+            if not final:
+                final.append(time.perf_counter())
+
+        def wait() -> Any:
+            result = handle.wait()
+            over()                                   # whoever waits may be woken before over() is called
+            return result
+
+        if handle.when_over(over):
+            self._pending.append((COMMUNICATION, name, first, final, rows, part))
+            return wait
         module = torch.get_device_module(self.device)
-        first = self._mark()
         self._marker = self._marker or module.Stream(device=self.device)
         with module.stream(self._marker):
             handle.wait()
-            final = self._mark()
-        self._pending.append((COMMUNICATION, name, first, final, rows, part))
+            self._pending.append((COMMUNICATION, name, first, self._mark(), rows, part))
         return handle.wait
+
+    def _seconds(self, mark: Any) -> float:
+        """Since the recorder began: of a mark on a stream, or of a list that holds a time of the host's."""
+        return mark[0] - self._zero if isinstance(mark, list) else self._zero_mark.elapsed_time(mark) * 1e-3
 
     def _keep(self, lane: str, name: str, began: float, rows: int, part: int) -> None:
         self._events.append(Event(lane, name, began - self._zero, time.perf_counter() - self._zero, rows, part))
@@ -158,6 +182,7 @@ _UNRECORDED = nullcontext()
 
 def meet(recorder: Recorder, communicator: Communicator) -> None:
     """All ranks begin to count here."""
+    recorder.settle()
     communicator.barrier(site=SITE)
     recorder.begin()
 
@@ -187,17 +212,3 @@ def chrome_trace(ranks: Sequence[Sequence[Event]]) -> dict[str, Any]:
                 "args": {"rows": event.rows, "part": event.part},
             })
     return {"traceEvents": found, "displayTimeUnit": "ms"}
-
-
-def write_trace(path: str | os.PathLike, ranks: Sequence[Sequence[Event]]) -> None:
-    """Write the Chrome trace of all ranks to `path`, whole or not at all. Raises OSError."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(chrome_trace(ranks), file)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
