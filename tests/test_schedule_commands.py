@@ -18,7 +18,7 @@ from hetero_attn.cli.request import _trace
 from hetero_attn.parallel import trace_file
 from hetero_attn.parallel.schedule_choice import Auto, Places, Plain, Schedule, Weave
 from hetero_attn.parallel.trace import Event, chrome_trace
-from hetero_attn.parallel.trace_file import objection, write_trace
+from hetero_attn.parallel.trace_file import objection, settled, write_trace
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny-llama"
@@ -137,6 +137,13 @@ def test_a_trace_is_written_into_pipes_and_devices(tmp_path):
     write_trace(pipe, [[]])
     reader.join(20)
     assert json.loads(read[0]) == chrome_trace([[]]) and stat.S_ISFIFO(pipe.stat().st_mode)
+    read_end, write_end = os.pipe()
+    own = settled(f"/dev/fd/{write_end}")                           # `>(gzip)`: ranks started from here have no such descriptor
+    assert own == Path(f"/proc/{os.getpid()}/fd/{write_end}") and objection(own) is None
+    write_trace(own, [[]])
+    os.close(write_end)
+    with open(read_end) as file:
+        assert json.load(file) == chrome_trace([[]])
     ends = os.openpty()
     try:
         terminal = Path(os.ttyname(ends[1]))

@@ -131,20 +131,6 @@ def test_any_order_is_right_and_counted(blob):
     window.close()
 
 
-def test_two_uses_a_pass(blob):
-    """A schedule that runs a pass's tokens in two halves takes each piece twice, one after the other or through the layer."""
-    pieces = pieces_of(blob, SIZES)
-    window = WeightWindow(pieces, 400_000, uses=2)
-    window.start()
-    for _ in range(3):
-        for index in range(len(pieces)):
-            for _ in range(2):
-                with Lent(window, index) as (held,):
-                    assert len(held) == SIZES[index]
-    assert window.statistics.rewound == 0
-    window.close()
-
-
 def test_a_ring_too_small_is_refused(blob):
     with pytest.raises(ValueError, match=r"ring_bytes is 100000, expected at least 122880, the size of piece 2"):
         WeightWindow(pieces_of(blob, SIZES), 100_000)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from hetero_attn.collectives import init_communicator
+from hetero_attn.collectives.link import slowest
+from hetero_attn.models.decoder import sum_norm
 from hetero_attn.models.schedule_measure import measure_costs
 from hetero_attn.models.schedule_setup import places_of
 from hetero_attn.parallel.schedule_choice import Auto, Plain, Schedule, Tiled, Weave
@@ -70,10 +72,10 @@ def _busy(decoder) -> float:
     processors to spare for it."""
     communicator, width = decoder.communicator, decoder.config.hidden_size
     x, residual = torch.randn(BUSY_ROWS, width), torch.randn(len(range(BUSY_ROWS)[communicator.rows(BUSY_ROWS)]), width)
-    norm, used = decoder.norm, 0.0
+    norm, used = sum_norm(decoder.norm, None).options("bench"), 0.0
     began, before, going = time.perf_counter(), _ticks(), torch.ones(1)
     while going.item():
-        communicator.all_reduce_rms_norm(x.to(decoder.dtype), residual.to(decoder.dtype), norm.weight, norm.eps, site="bench")
+        communicator.all_reduce_rms_norm(x.to(decoder.dtype), residual.to(decoder.dtype), **norm)
         going[0] = float(communicator.rank == 0 and time.perf_counter() - began < BUSY_S)
         going = communicator.all_reduce(going, site="bench")
     idle, total = (after - first for after, first in zip(_ticks(), before))
@@ -149,5 +151,4 @@ def _run(decoder, schedule: Schedule, counts: list[int], lengths: list[int], *, 
             decoder(step, cache)
     else:
         decoder(step, cache)
-    own = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-    return communicator.all_gather(own, sizes=[1] * communicator.world_size, site="bench").max().item()
+    return slowest(communicator, time.perf_counter() - began, site="bench")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hetero_attn.collectives import init_communicator
+from hetero_attn.collectives.link import slowest
 from hetero_attn.parallel.linear import RowParallelLinear
 from hetero_attn.parallel.schedule_choice import linear_tiles
 from hetero_attn.parallel.schedule_cost import Curve
@@ -50,7 +51,7 @@ def _cell(layer: RowParallelLinear, x: torch.Tensor, rounds: int) -> list[dict[s
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name in calls if number % 2 else reversed(calls):
-            seconds = _slowest(communicator, calls[name])
+            seconds = _timed(communicator, calls[name])
             if number:
                 times[name].append(seconds)
     middle = {name: median(own) for name, own in times.items()}
@@ -71,13 +72,12 @@ def _curves(layer: RowParallelLinear, x: torch.Tensor) -> tuple[Curve, Curve]:
         summand = torch.randn(rows, layer.out_features)
         calls = (lambda rows=rows: layer.partial(x[:rows]), lambda summand=summand: communicator.all_reduce(summand, site="o_proj"))
         for own, call in zip(points, calls):
-            own.append((rows, median(_slowest(communicator, call) for _ in range(3))))
+            own.append((rows, median(_timed(communicator, call) for _ in range(3))))
     return Curve(points[0]), Curve(points[1])
 
 
-def _slowest(communicator, call: Callable[[], Any]) -> float:
+def _timed(communicator, call: Callable[[], Any]) -> float:
     communicator.barrier(site="bench")
     began = time.perf_counter()
     call()
-    own = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-    return communicator.all_gather(own, sizes=[1] * communicator.world_size, site="bench").max().item()
+    return slowest(communicator, time.perf_counter() - began, site="bench")

@@ -22,6 +22,7 @@ from hetero_attn.collectives.cost import CANDIDATES, CodecCost, Load, load
 from hetero_attn.collectives.direct import Steps
 from hetero_attn.collectives.distributed import DistributedCommunicator
 from hetero_attn.collectives.wire import AHEAD_BYTES, Pending, Wire
+from hetero_attn.communicator import Communicator
 
 PING_BYTES = 64
 STREAM_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
@@ -39,9 +40,10 @@ class Point(NamedTuple):
     seconds: float
 
 
-def slowest(communicator: DistributedCommunicator, seconds: float) -> float:
+def slowest(communicator: Communicator, seconds: float, *, site: str = "") -> float:
     """The longest of all ranks' times, the same number on each."""
-    return communicator.all_gather(torch.tensor([seconds], dtype=torch.float64), sizes=[1] * communicator.world_size).max().item()
+    own = torch.tensor([seconds], dtype=torch.float64)
+    return communicator.all_gather(own, sizes=[1] * communicator.world_size, site=site).max().item()
 
 
 def ping(wire: Wire, one: int | None, other: int | None) -> Steps:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hetero_attn.collectives.link import slowest
 from hetero_attn.communicator import Communicator
 from hetero_attn.models.config import ModelConfig
 from hetero_attn.parallel.schedule import Block
@@ -282,7 +283,7 @@ class _Timer:
             if warm:
                 call()
             communicator.barrier(site=SITE)
-            return self._slowest(communicator, self._once(call))
+            return slowest(communicator, self._once(call), site=SITE)
 
     def _once(self, call: Callable[[], Any]) -> float:
         self._settle()
@@ -294,11 +295,6 @@ class _Timer:
     def _settle(self) -> None:
         if self._decoder.device.type != "cpu":
             torch.get_device_module(self._decoder.device).synchronize()
-
-    @staticmethod
-    def _slowest(communicator: Communicator, seconds: float) -> float:
-        own = torch.tensor([seconds], dtype=torch.float64)
-        return communicator.all_gather(own, sizes=[1] * communicator.world_size, site=SITE).max().item()
 
 
 def _hidden(decoder, rows: int) -> torch.Tensor:
@@ -325,6 +321,4 @@ def _context(decoder, count: int, past: int) -> tuple:
 def _sum(communicator: Communicator, block: Block, hidden: torch.Tensor) -> None:
     summand = communicator.empty(hidden.shape, hidden.dtype).copy_(hidden)
     residual = hidden[communicator.rows(hidden.shape[0])].clone()
-    norm = block.norm
-    communicator.all_reduce_rms_norm(summand, residual, norm.weight, norm.eps, site=block.site, weight_offset=norm.weight_offset,
-                                     post_weight=norm.post_weight)
+    communicator.all_reduce_rms_norm(summand, residual, **block.norm.options(block.site))

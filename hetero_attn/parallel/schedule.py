@@ -29,6 +29,10 @@ class SumNorm:
     weight_offset: float = 0.0
     post_weight: torch.Tensor | None = None
 
+    def options(self, site: str) -> dict[str, Any]:
+        """all_reduce_rms_norm's arguments behind the summand and the residual."""
+        return {"weight": self.weight, "eps": self.eps, "site": site, "weight_offset": self.weight_offset, "post_weight": self.post_weight}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -90,10 +94,9 @@ def run_blocks(
             with recorded(recorder, f"{task.kind} {block.site}", len(tile), task.part):
                 summand = block.product(y[tile.start - part.start : tile.stop - part.start])     # [n, C]
         else:
-            norm = block.norm
             coming[task.part].append(lane.start(
-                f"sum {block.site}", task.part, "all_reduce_rms_norm", summand, stream.residual(task, leaving), norm.weight, norm.eps,
-                site=block.site, weight_offset=norm.weight_offset, post_weight=norm.post_weight,
+                f"sum {block.site}", task.part, "all_reduce_rms_norm", summand, stream.residual(task, leaving),
+                **block.norm.options(block.site),
             ))
     arrived = [[arrive() for arrive in part] for part in coming]
     if cut.exit and len(blocks) > 1:

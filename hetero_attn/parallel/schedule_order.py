@@ -163,12 +163,6 @@ class Timeline(NamedTuple):
     compute: float
     communication: float
 
-    @property
-    def hidden(self) -> float:
-        """The part of the shorter lane's work that lies under the other's: 1 = all of it."""
-        least = min(self.compute, self.communication)
-        return (self.compute + self.communication - self.seconds) / least if least else 1.0
-
 
 def simulate(blocks: int, cut: Cut, seconds: Callable[[Task], float]) -> Timeline:
     """Run the order against the clock of `seconds`, which says how long each task takes."""

@@ -18,7 +18,8 @@ def tiled_linear(layer: RowParallelLinear, x: torch.Tensor, tiles: Sequence[rang
     tiles: ranges of rows that cover 0 to T in order, as split_tiles() places them; the same on every rank. Raises ValueError for others
     and CommunicatorError.
     """
-    if [row for tile in tiles for row in (tile.start, tile.stop)] != [0, *(row for tile in tiles[1:] for row in (tile.start,) * 2), len(x)]:
+    begins, ends = [tile.start for tile in tiles], [tile.stop for tile in tiles]
+    if [*begins, len(x)] != [0, *ends]:                                       # each begins where the one before it ends
         raise ValueError(f"tiles are {list(tiles)}, expected ranges that follow each other from 0 to {len(x)}")
     communicator = layer.communicator
     coming = [communicator.start_all_reduce(layer.partial(x[tile.start : tile.stop]), site=layer.site) for tile in tiles]

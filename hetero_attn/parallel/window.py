@@ -66,7 +66,7 @@ class _Load:
     end: int
     waiting: deque[Extent]                          # chunks nobody has begun to read
     missing: int                                    # chunks that are not there yet
-    uses: int = 0
+    used: bool = False                              # taken and given back, or passed over
     ready: bool = False
 
 
@@ -84,13 +84,12 @@ class Statistics:
 class WeightWindow:
     """Pieces in a ring of ring_bytes; those of `resident` (indices) in memory of their own.
 
-    Nothing is read before start(). take(i) gives the piece's tensors, views of the ring that hold until give_back(i). uses: how often a
-    pass takes each piece (a schedule that runs the tokens in two halves: 2). Thread-safe; errors of the readers come out of take().
-    Raises ValueError when the ring cannot hold the largest streamed piece.
+    Nothing is read before start(). take(i) gives the piece's tensors, views of the ring that hold until give_back(i). Thread-safe;
+    errors of the readers come out of take(). Raises ValueError when the ring cannot hold the largest streamed piece.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], ring_bytes: int, resident: Sequence[int] = (), *, readers: int = READERS, uses: int = 1,
+        self, pieces: Sequence[Piece], ring_bytes: int, resident: Sequence[int] = (), *, readers: int = READERS,
         reader: DiskReader | None = None,
     ) -> None:
         self.pieces = list(pieces)
@@ -101,7 +100,7 @@ class WeightWindow:
         if largest > self.ring_bytes:
             name = next(piece.name for piece in self.pieces if piece.nbytes == largest)
             raise ValueError(f"WeightWindow: ring_bytes is {ring_bytes}, expected at least {largest}, the size of {name}")
-        self.uses, self.statistics = uses, Statistics()
+        self.statistics = Statistics()
         self.reader = reader or DiskReader()
         self._readers = readers
         self._ring = buffer(self.ring_bytes) if self.order else None
@@ -162,13 +161,13 @@ class WeightWindow:
         return _views(piece, self._bytes, load.start % self.ring_bytes)
 
     def give_back(self, index: int) -> None:
-        """The tensors of the last take(index) are not used any more: after as many as `uses` their memory is."""
+        """The tensors of the last take(index) are not used any more, and their memory is free."""
         if index in self._kept or not self.pieces[index].nbytes:
             return
         with self._changed:
             for load in self._loads:
-                if load.index == index and load.ready and load.uses < self.uses:
-                    load.uses += 1
+                if load.index == index and load.ready and not load.used:
+                    load.used = True
                     break
             self._free()
 
@@ -190,17 +189,16 @@ class WeightWindow:
     def _wanted(self, index: int) -> _Load:
         """The load of a piece that is asked for now; what stands before it and was passed over is dropped."""
         self._raise_failure()
-        place = next((place for place, load in enumerate(self._loads) if load.index == index and load.uses < self.uses), None)
+        place = next((place for place, load in enumerate(self._loads) if load.index == index and not load.used), None)
         expected = not self._loads and self.order[self._next] == index
         if place is None and not expected:
             self._rewind(index)
         elif place is not None:
             for load in list(self._loads)[:place]:
-                if not load.uses and self.uses == 1:                     # never taken: this pass does without it
-                    load.uses = self.uses
+                load.used = True                                         # never taken: this pass does without it
             self._free()
         while True:
-            found = next((load for load in self._loads if load.index == index and load.uses < self.uses), None)
+            found = next((load for load in self._loads if load.index == index and not load.used), None)
             if found is not None:
                 return found
             if not self._place_next():
@@ -236,9 +234,9 @@ class WeightWindow:
         return True
 
     def _free(self) -> None:
-        """The oldest loads whose every use is over make room."""
+        """The oldest loads that have been used make room."""
         before = self._tail
-        while self._loads and self._loads[0].uses >= self.uses and self._loads[0].ready:
+        while self._loads and self._loads[0].used and self._loads[0].ready:
             self._tail = self._loads.popleft().end
         if self._loads:
             self._tail = self._loads[0].start
