@@ -29,15 +29,16 @@ ROUNDS, LAYERS = 3, 4
 MOST_ROUNDS = 12                                     # of a length whose times lie apart
 DISTANT = 1.5                                        # so far from its costs a plain step may lie
 SHORT_ROWS = (1, 4, 16, 64, 256)
+WEAVES = {f"weave {parts}": parts for parts in range(2, MOST_PARTS + 1)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One length: name of a cut -> the cut, its seconds on the clock (medians), by the cost model, and by that if all the gain it sees were
-    real. spread: the worst cut's, middle_half() of its times."""
+    """One length: name of a cut -> its seconds on the clock (medians), by the cost model, and by that if all the gain it sees were real.
+    spread: the worst cut's, middle_half() of its times."""
 
     tokens: int
-    cuts: dict[str, Cut]
+    cuts: dict[str, str]
     measured: dict[str, float]
     expected: dict[str, float]
     promised: dict[str, float]
@@ -90,8 +91,7 @@ class Sweep:
     @property
     def parts(self) -> int | None:
         """The number of parts that won most often; None where no weave did."""
-        parts = [len(row.cuts[row.best].parts) for row in self.rows]
-        won = Counter(each for each in parts if each > 1)
+        won = Counter(WEAVES[row.best] for row in self.rows if row.best in WEAVES)
         return won.most_common(1)[0][0] if won else None
 
     @property
@@ -116,8 +116,8 @@ class Sweep:
         return {f"overlap.{name}": value for name, value in values.items()}
 
     def as_json(self) -> dict[str, Any]:
-        rows = [{"tokens": row.tokens, "cuts": {name: str(cut) for name, cut in row.cuts.items()}, "seconds": row.measured,
-                 "expected_s": row.expected, "best": row.best, "spread": row.spread} for row in self.rows]
+        rows = [{"tokens": row.tokens, "cuts": row.cuts, "seconds": row.measured, "expected_s": row.expected, "best": row.best,
+                 "spread": row.spread} for row in self.rows]
         return {"layers": self.layers, "rows": rows, "min_tokens": self.min_tokens, "parts": self.parts, "shard_tokens": self.shard_tokens,
                 "whole_sum_s": self.whole_sums, "costs": self.costs.settings(), "pair_ns": self.costs.pair_s * 1e9,
                 "efficiency": self.costs.efficiency, "further_ms": self.costs.further_s * 1e3, "ctas": self.ctas and self.ctas.as_json(),
@@ -146,11 +146,11 @@ def sweep(decoder, profile: DeviceProfile, costs: Costs, budget_s: float, progre
     """
     places, layers, rows, left_s = places_of(decoder, profile), min(LAYERS, len(decoder.layers)), [], budget_s
     whole_sums = measure_whole_sum(decoder, SHORT_ROWS)
-    whole = replace(costs, efficiency=1.0)
+    whole, tried = replace(costs, efficiency=1.0), {}
     for tokens in TOKENS:
         if tokens > decoder.config.context_length:
             break
-        cuts = contenders(places, costs, tokens)
+        cuts = tried[tokens] = contenders(places, costs, tokens)
         expected = {name: costs.seconds(cut, [tokens], [tokens], layers) for name, cut in cuts.items()}
         promised = {name: whole.seconds(cut, [tokens], [tokens], layers) for name, cut in cuts.items()}
         if left_s < (ROUNDS + 1) * sum(expected.values()):
@@ -162,10 +162,10 @@ def sweep(decoder, profile: DeviceProfile, costs: Costs, budget_s: float, progre
                 took[name] += own
                 left_s -= sum(own) * (ROUNDS + 1) / ROUNDS
             spread = max(map(middle_half, took.values()))
-        rows.append(Row(tokens, cuts, {name: median(own) for name, own in took.items()},
+        rows.append(Row(tokens, {name: str(cut) for name, cut in cuts.items()}, {name: median(own) for name, own in took.items()},
                         expected, promised, spread))
     costs = replace(costs, efficiency=fitted_efficiency(rows, costs.efficiency))
-    rows = [replace(row, expected={name: costs.seconds(cut, [row.tokens], [row.tokens], layers) for name, cut in row.cuts.items()})
+    rows = [replace(row, expected={name: costs.seconds(cut, [row.tokens], [row.tokens], layers) for name, cut in tried[row.tokens].items()})
             for row in rows]
     ctas = sweep_ctas(decoder, places, rows[-1].tokens, layers, progress) if rows else None
     return Sweep(costs, tuple(rows), layers, bool(decoder.config.experts), whole_sums, ctas, tuple(conditions(decoder, profile.codec)))
@@ -188,8 +188,8 @@ def fitted_efficiency(rows: Sequence[Row], otherwise: float) -> float:
 def contenders(places, costs: Costs, tokens: int, tiles: Sequence[int] = TILES) -> dict[str, Cut]:
     """plain, a weave of each number of parts, and the tiled cut that the costs like best. Equal cuts come once."""
     cuts = {"plain": Cut.at(tokens)}
-    for parts in range(2, MOST_PARTS + 1):
-        cuts[f"weave {parts}"] = places.tapered(places.weave(tokens, parts), [tokens], [tokens], costs)
+    for name, parts in WEAVES.items():
+        cuts[name] = places.tapered(places.weave(tokens, parts), [tokens], [tokens], costs)
     cuts["tiled"] = min((places.tiled(tokens, each, costs) for each in tiles),
                         key=lambda cut: costs.seconds(cut, [tokens], [tokens]))
     kept: dict[str, Cut] = {}
