@@ -17,6 +17,7 @@ from hetero_attn.cli.output import uncut
 from hetero_attn.cli.request import _trace
 from hetero_attn.parallel import trace_file
 from hetero_attn.parallel.schedule_choice import Auto, Places, Plain, Schedule, Weave
+from hetero_attn.parallel.schedule_cost import Costs
 from hetero_attn.parallel.trace import Event, chrome_trace
 from hetero_attn.parallel.trace_file import objection, settled, write_trace
 
@@ -182,7 +183,7 @@ def test_only_rank_0_needs_the_folder_of_the_trace():
 @pytest.mark.parametrize("schedule, expected", [
     (Weave(Places(64, 512)), "no step had the 512 tokens from which weave cuts: give a longer prompt, or --set overlap.min_tokens=N"),
     (Weave(Places(64, 2048)), "no step had the 2048 tokens from which weave cuts: steps take up to 1024; --set overlap.min_tokens=N"),
-    (Auto(Places(64, 512), None), "auto cut no step: none had 512 tokens, or it would not have paid; give a longer prompt"),
+    (Auto(Places(64, 512), Costs({}, 0.0)), "auto cut no step: none had 512 tokens, or it would not have paid; give a longer prompt"),
     (Plain(Places(64, 512)), "every step ran plain, and none had the 64 tokens (overlap.shard_tokens)"),
     (Schedule(), "the device overlaps products and sums by itself"),
 ])
