@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overlap.report import Cell
+from overlap.report import Cell, spent
 
 COLOURS = {"inner": "#2e4057", "product": "#66a182", "sum": "#d1495b", "embed": "#edae49"}
 WIDTH = 0.38
@@ -20,8 +20,9 @@ def draw(stem: Path, title: str, cells: Sequence[Cell], raw: Sequence[dict[str, 
     pictures = {"hidden": _hidden([cell for cell in cells if len(cell.counts) == 1 and cell.share > 0.1])}
     traced = [each for each in raw if each.get("trace")]
     if traced:
-        pictures["trace"] = trace(traced[-1]["trace"], f"{traced[-1]['link']}, {sum(traced[-1]['counts'])} tokens, {traced[-1]['label']}, "
-                                                       f"cut {traced[-1]['cuts'].get('auto')}")
+        busiest = max(traced, key=lambda each: spent(each["trace"])["sums"])
+        pictures["trace"] = trace(busiest["trace"], f"{busiest['link']}, {sum(busiest['counts'])} tokens, {busiest['label']}, "
+                                                    f"cut {busiest['cuts'].get('auto')}")
     names = []
     for name, figure in pictures.items():
         figure.suptitle(title, fontsize=8)
