@@ -113,13 +113,15 @@ class _Points:
         """Pass after pass over all of them until each has its calls; then again those that spread or do not fit their neighbours."""
         self._passes(list(self.calls), repeats)
         self._passes(self._spread(), 2 * repeats)
-        unlike = self._unlike()
         # Anew, and elsewhere in memory: whatever disturbed them lasted through all their calls, and operands whose addresses are alike
-        # modulo a page make a product up to twice as slow.
-        made = {count: self._made(count) for count in dict.fromkeys(count for _, count in unlike)}
-        for name, count in unlike:
-            self.calls[name, count], self.tries[name, count] = made[count][name], []
-        self._passes(unlike, repeats)
+        # modulo a page make a product up to twice as slow. One that becomes quicker may show that a longer one is not right either.
+        renewed: set[tuple[str, int]] = set()
+        while unlike := [point for point in self._unlike() if point not in renewed]:
+            made = {count: self._made(count) for count in dict.fromkeys(count for _, count in unlike)}
+            for name, count in unlike:
+                self.calls[name, count], self.tries[name, count] = made[count][name], []
+            self._passes(unlike, repeats)
+            renewed.update(unlike)
 
     def costs(self) -> Costs:
         found: dict[str, list[tuple[int, float]]] = {}
