@@ -174,7 +174,7 @@ def behind_links(run: Run) -> None:
     """4 and 8 ranks (quick: 4) of the 1B shape over emulated 300 Mbit/s, 1 ms links, root only."""
     from links import links, unavailable
 
-    rounds = 2 if run.quick else 4
+    rounds = len(over_links.WAYS) + 1                # every way is first, second, ... once
     counts = [count for count in ((4,) if run.quick else (4, 8)) if run.record.missing("links", f"{count} ranks")]
     if reason := unavailable():
         run.say(f"no emulated links: {reason}")
@@ -185,7 +185,7 @@ def behind_links(run: Run) -> None:
     for count in counts:
         with links(count, over_links.RATE_MBIT, over_links.DELAY_MS) as network:
             run.say(f"{count} ranks behind links")
-            run.record.step("links", f"{count} ranks", lambda network=network: over_links.measured(network, folder, 5, rounds))
+            run.record.step("links", f"{count} ranks", lambda network=network: over_links.measured(network, folder, 3 if run.quick else 5, rounds))
 
 
 def machine() -> dict:

@@ -106,13 +106,14 @@ def _links_table(results: dict) -> list[str]:
              "the planner's sums (as `plan --link 1ms,300Mbit`, and after `tune` has measured the link, where a message also costs what "
              "all ranks' messages take of two cores), and the products that the same ranks take on the same two cores with the sums left "
              "out.", "",
-             "| ranks | way | route of a row's sum | token ms | of it products | predicted, typed | predicted, tuned |",
-             "|---:|---|---|---:|---:|---:|---:|"]
+             "| ranks | way | route of a row's sum | token ms | half of them within | of it products | predicted, typed | predicted, tuned |",
+             "|---:|---|---|---:|---:|---:|---:|---:|"]
     for row in rows.values():
         for way in row["sums_s"]:
             typed, tuned = link_prediction(row, way)
             route = " ".join(part for part in row["routes"][way] if part != "none")
             lines.append(f"| {row['ranks']} | {way} | {route} | {row['token_s'][way] * 1e3:.0f} "
+                         f"| {' to '.join(f'{each * 1e3:.0f}' for each in row.get('quartiles_s', {}).get(way, ()))} "
                          f"| {row['token_s']['products alone'] * 1e3:.0f} | {typed * 1e3:.0f} | {tuned * 1e3:.0f} |")
     return [*lines, ""]
 
