@@ -2,8 +2,8 @@
 
 One run for each number of ranks: the model is loaded once, the link measured as `hetero-attn tune` does it, and the ways take turns, each
 of them first, second, ... in as many rounds, so that all of them meet the same machine (with a fixed order two ways of the same route
-differed by 17 %); one of the ways leaves the layers' sums out, which tells what the products take while all ranks share two cores. The planner says what the sums add to that, twice: from the numbers a person would type (--link 1ms,300Mbit), and from
-what tune has measured.
+differed by 17 %); one of the ways leaves the layers' sums out, which tells what the products take while all ranks share two cores. The
+planner says what the sums add to that, twice: from the numbers a person would type (--link 1ms,300Mbit), and from what tune has measured.
 """
 
 from __future__ import annotations

@@ -185,7 +185,8 @@ def behind_links(run: Run) -> None:
     for count in counts:
         with links(count, over_links.RATE_MBIT, over_links.DELAY_MS) as network:
             run.say(f"{count} ranks behind links")
-            run.record.step("links", f"{count} ranks", lambda network=network: over_links.measured(network, folder, 3 if run.quick else 5, rounds))
+            run.record.step("links", f"{count} ranks", lambda network=network: over_links.measured(
+                network, folder, 3 if run.quick else 5, rounds))
 
 
 def machine() -> dict:

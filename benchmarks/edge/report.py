@@ -102,11 +102,13 @@ def _links_table(results: dict) -> list[str]:
     rows = steps(results, "links")
     if not rows:
         return []
-    lines = ["## Over emulated links, 300 Mbit/s and 1 ms (1B shape, weights held)", "", "The ways take turns within one run. Predicted: "
+    lines = ["## Over emulated links, 300 Mbit/s and 1 ms (1B shape, weights held)", "",
+             "The ways take turns within one run. Predicted: "
              "the planner's sums (as `plan --link 1ms,300Mbit`, and after `tune` has measured the link, where a message also costs what "
              "all ranks' messages take of two cores), and the products that the same ranks take on the same two cores with the sums left "
              "out.", "",
-             "| ranks | way | route of a row's sum | token ms | half of them within | of it products | predicted, typed | predicted, tuned |",
+             "| ranks | way | route of a row's sum | token ms | half of them within | of it products | predicted, typed "
+             "| predicted, tuned |",
              "|---:|---|---|---:|---:|---:|---:|---:|"]
     for row in rows.values():
         for way in row["sums_s"]:

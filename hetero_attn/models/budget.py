@@ -74,7 +74,7 @@ class MemoryPlan:
     def summary(self, rank: int) -> str:
         """The plan in a line or two."""
         parts = ", ".join(f"{shown_bytes(size)} {name}" for name, size in self.parts.items() if size)
-        stays = f"{len(self.residency.resident)} of {self.pieces} weights stay"
+        stays = f"{len(self.residency.resident)} of {self.pieces} slices stay"
         limit = "" if self.budget is None else f" of a budget of {shown_bytes(self.budget)}"
         what = (f"reading {shown_bytes(self.read_bytes)} a token at {self.rates.disk_bytes_s / 1e9:.2f} GB/s takes "
                 f"{shown_seconds(self.disk_s)}, the rest {shown_seconds(self.compute_s + self.reduce_s)}, "
@@ -219,9 +219,8 @@ def works_of(layout: Layout, rates: Rates, experts_share: float = 1.0) -> list[W
     found = []
     for piece in layout.pieces:
         share = experts_share if piece.name.endswith(".experts") else 1.0
-        ends_block = piece.name.endswith((".o_proj", ".down_proj", ".experts"))
         seconds = share * piece.nbytes * rates.product_byte_s
-        found.append(Work(piece.nbytes, piece.read_bytes, seconds, rates.reduce_s if ends_block else 0.0, ends_block))
+        found.append(Work(piece.nbytes, piece.read_bytes, seconds, rates.reduce_s if piece.ends_block else 0.0, piece.ends_block))
     return found
 
 

@@ -1,9 +1,9 @@
 """The weight window: a model's slices come from the disk as they are needed, cyclically over all tokens, into memory that is used again.
 
-A piece is one weight of this rank (q, k and v; o; gate and up; down; some rows of the head): half a block of TPI-LLM, so that memory is
-free again sooner. Reader threads fill a ring of bytes as far ahead as it has room; whoever multiplies takes a piece, waits if it is not
-there yet, and gives it back as soon as the product is made: before the all-reduce, so that loads hide behind that too. Some pieces may
-stay (`resident`). Pieces are meant to be taken in order; any other order is right as well, and only slow.
+A piece is some rows of one weight of this rank (q, k, v, o, gate, up, down, the head): a part of a block of TPI-LLM, so that memory is
+free again sooner and a small window will do. Reader threads fill a ring of bytes as far ahead as it has room; whoever multiplies takes a
+piece, waits if it is not there yet, and gives it back as soon as the product is made: before the all-reduce, so that loads hide behind that
+too. Some pieces may stay (`resident`). Pieces are meant to be taken in order; any other order is right as well, and only slow.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is loaded, kept and given back together. `checks`: (offset, bytes, sha256 hex) of parts, compared on the first load."""
+    """What is loaded, kept and given back together. `checks`: (offset, bytes, sha256 hex) of parts, compared on the first load.
+    ends_block: a sum between ranks follows."""
 
-    name: str                                       # "layers.3.mlp.gate_up_proj"
+    name: str                                       # "layers.3.mlp.gate_up_proj.1024": from that row on
     tensors: tuple[Tensor, ...]
     extents: tuple[Extent, ...]
     checks: tuple[tuple[int, int, str], ...] = ()
+    ends_block: bool = False
 
     @property
     def nbytes(self) -> int:
