@@ -3,6 +3,7 @@ minutes each, and a part's own slices are deleted when it is over."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -159,6 +160,15 @@ def beside_accelerate(run: Run) -> None:
     folder, torch_bytes = run.checkpoint(run.shape), accelerate.torch_alone()
     for name, limit in limits.items():
         facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else "", "torch_bytes": torch_bytes}
+        if limit is None:
+            if {(name, "ours"), (name, "Accelerate")} & set(steps):
+                with run.parts_of(folder, accelerate.RANKS) as parts:
+                    run.say(f"{accelerate.RANKS} ranks and Accelerate in turns, the disk {name}")
+                    both = functools.cache(functools.partial(accelerate.by_turns, parts, folder, 3, 2))
+                    for number, who in enumerate(("ours", "Accelerate")):
+                        run.record.step("accelerate", f"{name}, {who}",
+                                        lambda number=number, facts=facts, both=both: facts | both()[number])
+            continue
         if (name, "ours") in steps:
             with run.parts_of(folder, accelerate.RANKS) as parts:
                 run.say(f"{accelerate.RANKS} ranks, the disk {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edge.verdicts import limit_s, link_prediction, steps, verdicts, windows_of
+from edge.verdicts import LESS, limit_s, link_prediction, steps, verdicts, windows_of
 from hetero_attn.quantity import shown_bytes
 
 
@@ -56,7 +56,7 @@ def _accelerate_table(results: dict) -> list[str]:
         limited = next(row for row in rows.values() if row["mbytes_s"])
         lines += [f"limited: every process in a control group of its own, which may read {limited['mbytes_s']:g} MB/s "
                   f"({limited['how']}).", ""]
-    lines += _slower(rows)
+    lines += _slower(rows) + _least_memory(rows)
     lines += ["| disk | who | memory asked for | peak a process | read a token | first token s | token s | disk alone s | GB/s of disk "
               "| ratio |",
               "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
@@ -84,10 +84,24 @@ def _slower(rows: dict) -> list[str]:
     token, disk = ours["ranks"][0]["token_s"], max(rank["disk_s"] for rank in ours["ranks"])
     rates = [nbytes / seconds / 1e9 for nbytes, seconds in ((sum(rank["read_bytes"] for rank in ours["ranks"]), token),
                                                             (theirs["read_bytes"], theirs["token_s"]))]
+    alone = f" (reading as it does, with nobody multiplying, {theirs['disk_s']:.2f} s)" if theirs.get("disk_s") else ""
     return [f"With the disk as it is we were slower: a token took {token / theirs['token_s']:.2f} times Accelerate's, {token:.2f} s, and "
             f"our reads alone {disk:.2f} s, so it is the reading, {rates[0]:.2f} GB/s of four processes together where its one process had "
-            f"{rates[1]:.2f}; why cannot be said yet: the two did not take turns on a disk whose rate changes from minute to minute, and "
-            "nobody has timed its kind of reading (mapped, one process) beside ours (direct, four processes) with nobody multiplying.", ""]
+            f"{rates[1]:.2f}{alone}.", ""]
+
+
+def _least_memory(rows: dict) -> list[str]:
+    """What stands between us and a third of Accelerate's memory, where it stands there."""
+    ours, theirs = rows.get("as it is, ours"), rows.get("as it is, Accelerate")
+    if ours is None or theirs is None or theirs.get("torch_bytes") is None:
+        return []
+    own, peak, torch = max(rank["peak"] for rank in ours["ranks"]), theirs["peak"], theirs["torch_bytes"]
+    if peak >= LESS * own:
+        return []
+    return [f"A third of Accelerate's memory would be {shown_bytes(peak / LESS)} a rank. A process that has imported torch and nothing "
+            f"else has a peak of {shown_bytes(torch)} here, measured in the same run; {shown_bytes(max(0, peak / LESS - torch))} would be "
+            f"left for weights, cache, activations and tokenizer. Beyond torch we hold {shown_bytes(own - torch)} and Accelerate "
+            f"{shown_bytes(peak - torch)}, {(peak - torch) / (own - torch):.1f} times as much.", ""]
 
 
 def _seventy_table(results: dict) -> list[str]:

@@ -22,14 +22,15 @@ from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.streaming import Layout, connect, materialise
 from hetero_attn.models.weights import Checkpoint
-from hetero_attn.parallel.disk import DiskReader
+from hetero_attn.parallel.disk import CHUNK, DiskReader
 from hetero_attn.parallel.linear import product
 from hetero_attn.parallel.residency import Residency, Work, choose, least_bytes, window_bytes
 from hetero_attn.parallel.sharding import Partition
-from hetero_attn.parallel.window import WeightWindow
+from hetero_attn.parallel.window import READERS, WeightWindow
 from hetero_attn.quantity import shown_bytes, shown_seconds
 
-PROBE_S = 0.4                   # of reading, for the disk's rate
+PROBE_S = 0.6                   # of reading, for the disk's rate
+PROBE_PIECES = 2                # in the window meanwhile, so that reading goes on while one is handed over
 LATER = 20 << 20                # libraries, tokenizer and Python objects that come after the weights
 SITE = "budget"
 
@@ -158,22 +159,26 @@ def activation_bytes(config: ModelConfig, partition: Partition, tokens: int, seq
 
 
 def measure(layout: Layout, communicator: Communicator, hidden: int, dtype: torch.dtype) -> Rates:
-    """All ranks together: the disk under everybody's reads, a product, a sum. At most one weight is in memory meanwhile."""
+    """All ranks together: the disk under everybody's reads, so that ranks of one host find each its share of a disk; a product; a sum. At
+    most PROBE_PIECES pieces are in memory meanwhile."""
     works = [index for index, piece in enumerate(layout.pieces) if piece.nbytes]
     if not works:
         return Rates(float("inf"), 0.0, _reduce_seconds(communicator, hidden, dtype))
     # Without checksums: they are compared once, and what is asked here is how quick a later pass is.
-    window = WeightWindow([replace(piece, checks=()) for piece in layout.pieces], max(layout.pieces[index].nbytes for index in works))
+    window = WeightWindow([replace(piece, checks=()) for piece in layout.pieces],
+                          PROBE_PIECES * max(layout.pieces[index].nbytes for index in works))
     try:
         window.start()
-        window.take(works[0])
-        window.give_back(works[0])
+        # Somewhere else each time: what was read a moment ago may come quicker, from a cache below us.
+        first = place = time.time_ns() // 1_000_000 % len(works)
+        window.take(works[place])
+        window.give_back(works[place])
         communicator.barrier(site=SITE)
-        began, before, place = time.perf_counter(), window.reader.read_bytes, 1
-        while (elapsed := time.perf_counter() - began) < PROBE_S and place < 64 * len(works):
+        began, before = time.perf_counter(), window.reader.read_bytes
+        while (elapsed := time.perf_counter() - began) < PROBE_S and place - first < 64 * len(works):
+            place += 1
             window.take(works[place % len(works)])
             window.give_back(works[place % len(works)])
-            place += 1
         rate = (window.reader.read_bytes - before) / max(elapsed, 1e-9)
         product_byte_s = _product_seconds(layout, window, dtype)
     finally:
@@ -236,7 +241,7 @@ def plan(layout: Layout, rates: Rates, decoder: Decoder, room: Room, *, head: bo
         "Python, torch and libraries": resident_bytes() + LATER,
         "KV cache": cache_bytes(config, partition, room.tokens, room.sequences, decoder.kv_block_size, dtype),
         "activations": activation_bytes(config, partition, min(room.chunk, room.tokens), room.sequences, dtype, head=head),
-        "read buffers": 3 << 20,
+        "read buffers": READERS * CHUNK + (1 << 20),
     }
     needed = sum(fixed.values()) + max(least_bytes(works), wanted or 0)
     _refuse_small(decoder.communicator, room.budget, needed)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hetero_attn.parallel.disk import ALIGN, DiskReader, Extent, buffer, chunks, joined
+from hetero_attn.parallel.disk import ALIGN, CHUNK, DiskReader, Extent, buffer, chunks, joined
 
 READERS = 2                     # threads: one read is under way while another is handed over
 STUCK_S = 600.0                 # a disk that gives nothing for so long is reported, not waited for
@@ -124,7 +124,7 @@ class WeightWindow:
     @property
     def nbytes(self) -> int:
         """Memory it holds once it has run: ring, residents, the readers' own buffers."""
-        return self.ring_bytes + sum(self.pieces[index].nbytes for index in self.resident) + self._readers * (1 << 20)
+        return self.ring_bytes + sum(self.pieces[index].nbytes for index in self.resident) + self._readers * CHUNK
 
     def start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads the residents, checks them, and lets the readers begin. progress(done_bytes, total_bytes) of the residents."""
@@ -133,8 +133,8 @@ class WeightWindow:
         for index in sorted(self.resident):
             piece = self.pieces[index]
             memory = buffer(piece.nbytes)
-            self._read_all(piece, memoryview(memory))
-            self._check(index, memoryview(memory))
+            self._read_all(piece, memory)
+            self._check(index, memory)
             self._kept[index] = torch.frombuffer(memory, dtype=torch.uint8)
             done += piece.nbytes
             if progress is not None:
@@ -269,7 +269,7 @@ class WeightWindow:
     # ---- the readers ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        target = memoryview(self._ring)
+        target = self._ring
         try:
             while True:
                 with self._changed:
