@@ -100,8 +100,7 @@ def test_runs_of_rows_give_the_bits_of_whole_weights(folders, tmp_path, short_ru
     for folder in (folders[name], tmp_path):
         found, model = logits_of(folder, window=2)
         assert torch.equal(found, expected)
-        whole = sum(piece.nbytes for piece in model.window.pieces if "gate_up" in piece.name or "experts" in piece.name)
-        assert len(model.window.pieces) > 20 and (name == "mixtral" or model.window.ring_bytes < whole)
+        assert len(model.window.pieces) > 20
         assert folder is not tmp_path or sum(len(piece.checks) for piece in model.window.pieces) >= len(model.window.pieces)
     old, model = logits_of(folders[name] / "parts", window=2)             # a checksum there is for more rows: they stay together
     assert torch.equal(old, expected) and all(piece.checks for piece in model.window.pieces)

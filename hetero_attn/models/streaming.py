@@ -1,7 +1,7 @@
 """A decoder whose weights come from the disk: which slices make a piece of the weight window, and what a rank holds beside it.
 
 Projections and experts are streamed, by each rank its own slices, in the dtype they are stored in. Norms, biases and routers are small and
-held. A projection goes through the window in runs of rows, of which each makes features of its own: the smallest window is a run and not
+held. A projection goes through the window in runs of rows, of which each makes features of its own: the smallest window is two runs and not
 the largest weight (7B shape, 4 ranks: 8 MiB and not 43). The embedding is a table on the disk of which rows are looked up through a
 mapping, and the head is one more projection; so a rank that has both needs no more memory than one that has neither.
 """
@@ -28,7 +28,7 @@ from hetero_attn.parallel.sharding import Shard
 from hetero_attn.parallel.window import Lent, Piece, Tensor, WeightWindow
 
 RUN_ROWS = 256                  # a run has a multiple of so many rows: a folder of one rank has a checksum for each so many
-RUN_BYTES = 8 << 20             # and up to so many bytes, unless those rows have more: a product's call is little beside their reading
+RUN_BYTES = 4 << 20             # and up to so many bytes, unless those rows have more: a product's call is little beside their reading
 
 
 class Layout:

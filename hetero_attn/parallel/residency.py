@@ -138,8 +138,9 @@ class Residency:
 
 
 def least_bytes(works: Sequence[Work]) -> int:
-    """The smallest ring: the largest piece."""
-    return max((work.nbytes for work in works), default=0)
+    """The smallest ring: any two pieces in a row, so that one is read while the one before it is multiplied."""
+    sizes = [work.nbytes for work in works if work.nbytes]
+    return max((one + other for one, other in zip(sizes, sizes[1:] + sizes[:1])), default=0) if len(sizes) > 1 else sum(sizes)
 
 
 def spread(works: Sequence[Work], nbytes: int) -> frozenset[int]:
