@@ -24,7 +24,7 @@ from hetero_attn.models.streaming import Layout, connect, materialise
 from hetero_attn.models.weights import Checkpoint
 from hetero_attn.parallel.disk import CHUNK, DiskReader
 from hetero_attn.parallel.linear import product
-from hetero_attn.parallel.residency import Residency, Work, choose, least_bytes, window_bytes
+from hetero_attn.parallel.residency import Residency, Work, choose, window_bytes, working_bytes
 from hetero_attn.parallel.sharding import Partition
 from hetero_attn.parallel.window import READERS, WeightWindow
 from hetero_attn.quantity import shown_bytes, shown_seconds
@@ -187,25 +187,25 @@ def measure(layout: Layout, communicator: Communicator, hidden: int, dtype: torc
 
 
 def _product_seconds(layout: Layout, window: WeightWindow, dtype: torch.dtype) -> float:
-    """Seconds a byte of weight, of the first layer's products with one row."""
-    seconds, nbytes = 0.0, 0
+    """Seconds a byte of weight, of the first layer's products with one row: each run once, as the disk left it, since a run that was
+    multiplied a moment ago lies in the processor's cache."""
+    found, known = [], set()
     for module, indices in layout.users[:4]:
-        if not layout.pieces[indices[0]].nbytes:
-            continue
-        for weight in window.take(indices[0]):
-            if weight.dim() == 3:                                        # experts: one is like another
-                weight = weight[0]
-            x = torch.ones(1, weight.shape[1], dtype=dtype)
-            product(module.linear, x, weight)                            # the first may compile a kernel
-            times = []
-            for _ in range(3):
+        for index in indices:
+            for weight in window.take(index):
+                if not weight.numel():
+                    continue
+                if weight.dim() == 3:                                    # experts: one is like another
+                    weight = weight[0]
+                x = torch.ones(1, weight.shape[1], dtype=dtype)
+                if weight.shape not in known:                            # the first of a shape may compile a kernel
+                    product(module.linear, x, torch.zeros_like(weight))
+                    known.add(weight.shape)
                 began = time.perf_counter()
                 product(module.linear, x, weight)
-                times.append(time.perf_counter() - began)
-            seconds += statistics.median(times)
-            nbytes += weight.nbytes
-        window.give_back(indices[0])
-    return seconds / nbytes if nbytes else 0.0
+                found.append((time.perf_counter() - began) / weight.nbytes)
+            window.give_back(index)
+    return statistics.median(found) if found else 0.0
 
 
 def _reduce_seconds(communicator: Communicator, hidden: int, dtype: torch.dtype) -> float:
@@ -243,7 +243,7 @@ def plan(layout: Layout, rates: Rates, decoder: Decoder, room: Room, *, head: bo
         "activations": activation_bytes(config, partition, min(room.chunk, room.tokens), room.sequences, dtype, head=head),
         "read buffers": READERS * CHUNK + (1 << 20),
     }
-    needed = sum(fixed.values()) + max(least_bytes(works), wanted or 0)
+    needed = sum(fixed.values()) + max(working_bytes(works), wanted or 0)
     _refuse_small(decoder.communicator, room.budget, needed)
     ring = wanted
     left = needed - sum(fixed.values()) if room.budget is None else room.budget - sum(fixed.values())
