@@ -153,7 +153,8 @@ def beside_accelerate(run: Run) -> None:
     if reason:
         run.say(f"reads are not limited: {reason}")
     limits = {"limited": run.throttle_mb_s, "as it is": None} if not reason else {"as it is": None}
-    steps = [(name, who) for name in limits for who in ("ours", "Accelerate") if run.record.missing("accelerate", f"{name}, {who}")]
+    steps = [(name, who) for name in limits for who in ("ours", "Accelerate", *((accelerate.MORE,) if limits[name] is None else ()))
+             if run.record.missing("accelerate", f"{name}, {who}")]
     if not steps:
         return
     throttle.sweep()
@@ -161,13 +162,12 @@ def beside_accelerate(run: Run) -> None:
     for name, limit in limits.items():
         facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else "", "torch_bytes": torch_bytes}
         if limit is None:
-            if {(name, "ours"), (name, "Accelerate")} & set(steps):
+            if any(each == name for each, _ in steps):
                 with run.parts_of(folder, accelerate.RANKS) as parts:
                     run.say(f"{accelerate.RANKS} ranks and Accelerate in turns, the disk {name}")
                     both = functools.cache(functools.partial(accelerate.by_turns, parts, folder, 3, 2))
-                    for number, who in enumerate(("ours", "Accelerate")):
-                        run.record.step("accelerate", f"{name}, {who}",
-                                        lambda number=number, facts=facts, both=both: facts | both()[number])
+                    for who in ("ours", accelerate.MORE, "Accelerate"):
+                        run.record.step("accelerate", f"{name}, {who}", lambda who=who, facts=facts, both=both: facts | both()[who])
             continue
         if (name, "ours") in steps:
             with run.parts_of(folder, accelerate.RANKS) as parts:

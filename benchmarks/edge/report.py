@@ -61,8 +61,8 @@ def _accelerate_table(results: dict) -> list[str]:
               "| ratio |",
               "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name in ("limited", "as it is"):
-        ours, theirs = rows.get(f"{name}, ours"), rows.get(f"{name}, Accelerate")
-        if ours is not None:
+        theirs = rows.get(f"{name}, Accelerate")
+        for ours in (each for step, each in rows.items() if step.startswith(f"{name}, ours")):
             ranks = ours["ranks"]
             ratio = f"{theirs['token_s'] / ranks[0]['token_s']:.2f}" if theirs else ""
             lines.append(f"| {name} | 4 ranks | {ours['budget']} | {shown_bytes(max(rank['peak'] for rank in ranks))} "

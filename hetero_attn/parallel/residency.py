@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hetero_attn.parallel.disk import ALIGN
 
 CANDIDATES = 24                 # sizes of the ring that are tried
-SLACK_S = 0.05                  # of reading that the ring has room for before anything stays, since ranks wait for one another and are late by
+SLACK_S = 0.05                  # of reading that the ring has room for before anything stays: ranks wait for one another, and are late by
                                 # what else runs (7B shape, 2 ranks on 2 cores: with a ring of 10 MiB a token took 1.19 of its limit)
 ENOUGH = 1.005                  # of two plans within half a per cent, the one with the smaller ring
 
