@@ -47,9 +47,10 @@ def _accelerate_table(results: dict) -> list[str]:
     if not rows:
         return []
     first = next(iter(rows.values()))
+    more = " (and with a little more, so that reading goes on while ranks wait for one another)" if any(
+        ", ours, " in step for step in rows) else ""
     lines = [f"## Beside Accelerate's disk offload ({first['model']})", "",
-             "Four ranks, each within the smallest `--memory-budget` that works (and with 12 MiB more, so that reading goes on while ranks "
-             "wait for one another), and Accelerate's one process with the smallest "
+             f"Four ranks, each within the smallest `--memory-budget` that works{more}, and Accelerate's one process with the smallest "
              "`max_memory` that works: then all of it is on the disk, mapped from the checkpoint's own file. Our reads are direct; the "
              "page cache is made to forget the checkpoint before each of Accelerate's tokens. Where the disk is as it is, one disk serves "
              "all processes, so both can at best take the time of reading the checkpoint once: the limit of that ratio is 1.", ""]

@@ -266,6 +266,6 @@ def _refuse_small(communicator: Communicator, budget: int | None, needed: int) -
     if short:
         smallest = max(least for _, _, least in short)
         lines = "; ".join(f"rank {rank} has {shown_bytes(given)} and needs {shown_bytes(least)}" for rank, given, least in short)
-        # Rounded up to what a person would type.
+        # Rounded up to what a person would type, and a little more: a process differs by a MiB from one start to the next.
         raise ModelError(f"the memory budget is too small: {lines} (Python and torch, KV cache, activations and the largest weight); "
-                         f"the smallest that works is {(smallest >> 20) + 1}MiB; or ask for fewer new tokens, or take more ranks")
+                         f"the smallest that works is {(smallest >> 20) + 3}MiB; or ask for fewer new tokens, or take more ranks")
