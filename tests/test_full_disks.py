@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="transformers writes the checkpoints 
 
 from tiny_checkpoint import write_checkpoint
 
+from hetero_attn.cli.work import forget
 from hetero_attn.models.config import ModelError
 from hetero_attn.models.export import check, export
 from hetero_attn.models.load import open_model
@@ -121,3 +122,16 @@ def test_a_log_that_grows_too_long_is_one_line(tmp_path):
         for count in range(50):
             log.note_shown(count + 1)
     assert RestartLog(tmp_path / "log", ["A"], params).shown > 0         # the whole lines are still good
+
+
+def test_a_log_that_cannot_be_removed_is_one_line_after_a_good_run(tmp_path, capsys):
+    log = RestartLog(tmp_path / "log", ["A"], SamplingParams(seed=3))
+    log.path.unlink()
+    forget(log)                                      # gone already: nothing to say
+    assert capsys.readouterr().err == ""
+    log.path.mkdir()
+    with pytest.raises(ModelError, match="log cannot be removed: Is a directory; delete it, the token ids of the text are in it"):
+        log.remove()
+    forget(log)
+    said = capsys.readouterr().err
+    assert said.startswith("hetero-attn: ") and said.count("\n") == 1 and "cannot be removed" in said

@@ -121,6 +121,19 @@ def test_memory_that_does_not_do_is_refused_with_what_does(folder, tmp_path):
         plan_model(folder, read_hosts(hosts_file(tmp_path, streams)))
 
 
+def test_ranks_of_one_host_share_its_disk(folder, tmp_path):
+    """As much from the disk, at the same time: with a host of its own each rank is twice as quick."""
+    write_checkpoint(tmp_path, dtype=torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, vocab_size=1024,
+                     num_attention_heads=16, num_key_value_heads=8, head_dim=64)
+    rank = f"{{profile: cpu, memory: 330MiB, set: {{{RATES}, hardware.disk_gbps: 0.5}}%s}}"
+    plans = [plan_model(tmp_path, read_hosts(hosts_file(tmp_path, f"ranks: [{rank % one}, {rank % other}]")), context=16)
+             for one, other in ((", host: a", ", host: a"), (", host: a", ", host: b"))]
+    shared, own = ([rank.disk_s for rank in plan.ranks] for plan in plans)
+    assert min(own) > 0 and shared == pytest.approx([2 * each for each in own])
+    says = "ranks 0, 1 are on one host and share its disk's 0.5 GB/s"
+    assert [any(says in line for line in plan.remarks) for plan in plans] == [True, False]
+
+
 @pytest.mark.parametrize("text, says", [
     ("ranks: 3", "ranks is 3, expected a list"), ("rank: []", "unknown key 'rank'; did you mean ranks?"), ("- 1", "expected keys"),
     ("ranks: [{profil: cpu}]", r"ranks\[0\] has an unknown key 'profil'; did you mean profile"), ("ranks: [{}]", "profile is None"),

@@ -16,6 +16,8 @@ from tiny_checkpoint import write_checkpoint
 from tiny_families import make_model
 
 from hetero_attn.communicator import SoloCommunicator
+from hetero_attn.models import export as exporting
+from hetero_attn.models import streaming
 from hetero_attn.models.config import ModelError
 from hetero_attn.models.export import check, export
 from hetero_attn.models.generate import generate
@@ -81,6 +83,39 @@ def test_a_folder_of_one_rank_gives_the_same(folders, name):
     expected, _ = logits_of(folders[name])
     for options in ({}, {"window": 2}, {"memory_budget": "8GiB"}):
         assert torch.equal(logits_of(folders[name] / "parts", **options)[0], expected)
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Weights of test models go through the window in many runs, and folders have as many checksums."""
+    for module in (streaming, exporting):
+        monkeypatch.setattr(module, "RUN_ROWS", 8)
+    monkeypatch.setattr(streaming, "RUN_BYTES", 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_of_rows_give_the_bits_of_whole_weights(folders, tmp_path, short_runs, name):
+    expected, _ = logits_of(folders[name])
+    export(folders[name], tmp_path, 1, vocabulary="master")
+    for folder in (folders[name], tmp_path):
+        found, model = logits_of(folder, window=2)
+        assert torch.equal(found, expected)
+        assert len(model.window.pieces) > 20
+        assert folder is not tmp_path or sum(len(piece.checks) for piece in model.window.pieces) >= len(model.window.pieces)
+    old, model = logits_of(folders[name] / "parts", window=2)             # a checksum there is for more rows: they stay together
+    assert torch.equal(old, expected) and all(piece.checks for piece in model.window.pieces)
+
+
+def test_a_flipped_bit_in_any_run_is_refused(folders, tmp_path, short_runs):
+    export(folders["qwen3"], tmp_path, 1, vocabulary="master")
+    file = tmp_path / "rank-0-of-1" / "layer-001.mlp.safetensors"
+    good = file.read_bytes()
+    for place in (-9, 8 + int.from_bytes(good[:8], "little") + 5, len(good) // 2):
+        bad = bytearray(good)
+        bad[place] ^= 4
+        file.write_bytes(bad)
+        with pytest.raises(WindowError, match=r"layer-001.mlp.safetensors is damaged: the checksum of layers.1.mlp.\w+_proj.\d+ "):
+            logits_of(tmp_path, window=2)
 
 
 def texts(folder, options):

@@ -43,7 +43,7 @@ def test_slices_are_what_indexing_gives(blob, direct):
         target, into = buffer(expected.nbytes + 5000), draw.randrange(0, 5000, itemsize)
         for part in joined(extents(blob, position, itemsize, shape, own, into, expected.stride())):
             for chunk in chunks(part):
-                reader.read(chunk, memoryview(target))
+                reader.read(chunk, target)
         assert target[into : into + expected.nbytes] == bytes(expected.view(torch.uint8).flatten().numpy().data), (shape, own, position)
     reader.close()
 
@@ -57,7 +57,7 @@ def test_long_runs_and_far_apart_rows(blob, direct):
     for extent in (run, far, near):
         target = buffer(extent.into + extent.nbytes)
         for chunk in chunks(extent):
-            reader.read(chunk, memoryview(target))
+            reader.read(chunk, target)
         rows = [content[extent.position + row * extent.stride :][: extent.row_bytes] for row in range(extent.rows)]
         assert target[extent.into : extent.into + extent.nbytes] == b"".join(rows)
     assert far.read_bytes == far.nbytes and near.read_bytes > 2 * near.nbytes
@@ -68,9 +68,9 @@ def test_a_file_that_ends_early_is_named(tmp_path):
     file = tmp_path / "short"
     file.write_bytes(b"x" * 5000)
     with pytest.raises(DiskError, match=r"short ends at byte 5000, 3192 bytes are missing"):
-        DiskReader().read(Extent(file, 0, 8192, 0), memoryview(buffer(8192)))
+        DiskReader().read(Extent(file, 0, 8192, 0), buffer(8192))
     with pytest.raises(DiskError, match="nowhere cannot be opened: No such file"):
-        DiskReader().read(Extent(tmp_path / "nowhere", 0, 10, 0), memoryview(buffer(10)))
+        DiskReader().read(Extent(tmp_path / "nowhere", 0, 10, 0), buffer(10))
 
 
 # ---- the window ----

@@ -1,9 +1,9 @@
 """Ranks behind emulated home-network links, weights held: a token's time with each way of summing, beside what the planner says.
 
-One run for each number of ranks: the model is loaded once, the link measured as `hetero-attn tune` does it, and the ways take turns, so
-that all of them meet the same machine; one of the ways leaves the layers' sums out, which tells what the products take while all ranks
-share two cores. The planner says what the sums add to that, twice: from the numbers a person would type (--link 1ms,300Mbit), and from
-what tune has measured.
+One run for each number of ranks: the model is loaded once, the link measured as `hetero-attn tune` does it, and the ways take turns, each
+of them first, second, ... in as many rounds, so that all of them meet the same machine (with a fixed order two ways of the same route
+differed by 17 %); one of the ways leaves the layers' sums out, which tells what the products take while all ranks share two cores. The
+planner says what the sums add to that, twice: from the numbers a person would type (--link 1ms,300Mbit), and from what tune has measured.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def in_rank(folder: str, tokens: int, rounds: int) -> dict:
     sent = tuning.share_json(base, {name: way.to_json() for name, way in ways.items()} if base.rank == 0 else None)
     ways: dict[str, Choice] = {name: from_json(text) for name, text in sent.items()}
     times: dict[str, list[float]] = {name: [] for name in (PRODUCTS, *ways)}
-    for _ in range(rounds):
-        for name in times:
+    for number in range(rounds):
+        for name in turned(list(times), number):
             base.choice = ways.get(name, ways["auto"])
             with sums_left_out(model.communicator) if name == PRODUCTS else nullcontext():
                 if base.rank:
@@ -58,6 +58,12 @@ def in_rank(folder: str, tokens: int, rounds: int) -> dict:
     nbytes = model.config.hidden_size * model.dtype.itemsize
     routes = {name: list(way.pick("all_reduce", nbytes, model.dtype)) for name, way in ways.items()}
     return {"times": times, "routes": routes, "settings": found.settings() if base.rank == 0 else {}}
+
+
+def turned(names: list[str], number: int) -> list[str]:
+    """The names from another one on in each round."""
+    place = number % len(names)
+    return names[place:] + names[:place]
 
 
 @contextmanager
@@ -74,6 +80,7 @@ def measured(network, folder: Path, tokens: int, rounds: int) -> dict:
     """The figures of one network."""
     found = network.run(in_rank, (str(folder), tokens, rounds), timeout_s=170)[0]
     return {"ranks": network.ranks, "token_s": {name: statistics.median(each) for name, each in found["times"].items()},
+            "quartiles_s": {name: statistics.quantiles(each, n=4)[::2] for name, each in found["times"].items()},
             "routes": found["routes"], "link": found["settings"], "sums_s": predicted(folder, network.ranks, found["settings"])}
 
 

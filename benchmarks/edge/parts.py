@@ -3,6 +3,7 @@ minutes each, and a part's own slices are deleted when it is over."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -152,13 +153,22 @@ def beside_accelerate(run: Run) -> None:
     if reason:
         run.say(f"reads are not limited: {reason}")
     limits = {"limited": run.throttle_mb_s, "as it is": None} if not reason else {"as it is": None}
-    steps = [(name, who) for name in limits for who in ("ours", "Accelerate") if run.record.missing("accelerate", f"{name}, {who}")]
+    steps = [(name, who) for name in limits for who in ("ours", "Accelerate", *((accelerate.MORE,) if limits[name] is None else ()))
+             if run.record.missing("accelerate", f"{name}, {who}")]
     if not steps:
         return
     throttle.sweep()
     folder, torch_bytes = run.checkpoint(run.shape), accelerate.torch_alone()
     for name, limit in limits.items():
         facts = {"model": run.shape, "mbytes_s": limit, "how": throttle.described() if limit else "", "torch_bytes": torch_bytes}
+        if limit is None:
+            if any(each == name for each, _ in steps):
+                with run.parts_of(folder, accelerate.RANKS) as parts:
+                    run.say(f"{accelerate.RANKS} ranks and Accelerate in turns, the disk {name}")
+                    both = functools.cache(functools.partial(accelerate.by_turns, parts, folder, 3, 2))
+                    for who in ("ours", accelerate.MORE, "Accelerate"):
+                        run.record.step("accelerate", f"{name}, {who}", lambda who=who, facts=facts, both=both: facts | both()[who])
+            continue
         if (name, "ours") in steps:
             with run.parts_of(folder, accelerate.RANKS) as parts:
                 run.say(f"{accelerate.RANKS} ranks, the disk {name}")
@@ -174,7 +184,7 @@ def behind_links(run: Run) -> None:
     """4 and 8 ranks (quick: 4) of the 1B shape over emulated 300 Mbit/s, 1 ms links, root only."""
     from links import links, unavailable
 
-    rounds = 2 if run.quick else 4
+    rounds = len(over_links.WAYS) + 1                # every way is first, second, ... once
     counts = [count for count in ((4,) if run.quick else (4, 8)) if run.record.missing("links", f"{count} ranks")]
     if reason := unavailable():
         run.say(f"no emulated links: {reason}")
@@ -185,7 +195,8 @@ def behind_links(run: Run) -> None:
     for count in counts:
         with links(count, over_links.RATE_MBIT, over_links.DELAY_MS) as network:
             run.say(f"{count} ranks behind links")
-            run.record.step("links", f"{count} ranks", lambda network=network: over_links.measured(network, folder, 5, rounds))
+            run.record.step("links", f"{count} ranks", lambda network=network: over_links.measured(
+                network, folder, 3 if run.quick else 5, rounds))
 
 
 def machine() -> dict:

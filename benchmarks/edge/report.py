@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edge.verdicts import limit_s, link_prediction, steps, verdicts, windows_of
+from edge.verdicts import LESS, limit_s, link_prediction, steps, verdicts, windows_of
 from hetero_attn.quantity import shown_bytes
 
 
@@ -47,8 +47,10 @@ def _accelerate_table(results: dict) -> list[str]:
     if not rows:
         return []
     first = next(iter(rows.values()))
+    more = " (and with a little more, so that reading goes on while ranks wait for one another)" if any(
+        ", ours, " in step for step in rows) else ""
     lines = [f"## Beside Accelerate's disk offload ({first['model']})", "",
-             "Four ranks, each within the smallest `--memory-budget` that works, and Accelerate's one process with the smallest "
+             f"Four ranks, each within the smallest `--memory-budget` that works{more}, and Accelerate's one process with the smallest "
              "`max_memory` that works: then all of it is on the disk, mapped from the checkpoint's own file. Our reads are direct; the "
              "page cache is made to forget the checkpoint before each of Accelerate's tokens. Where the disk is as it is, one disk serves "
              "all processes, so both can at best take the time of reading the checkpoint once: the limit of that ratio is 1.", ""]
@@ -56,13 +58,13 @@ def _accelerate_table(results: dict) -> list[str]:
         limited = next(row for row in rows.values() if row["mbytes_s"])
         lines += [f"limited: every process in a control group of its own, which may read {limited['mbytes_s']:g} MB/s "
                   f"({limited['how']}).", ""]
-    lines += _slower(rows)
+    lines += _slower(rows) + _least_memory(rows)
     lines += ["| disk | who | memory asked for | peak a process | read a token | first token s | token s | disk alone s | GB/s of disk "
               "| ratio |",
               "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name in ("limited", "as it is"):
-        ours, theirs = rows.get(f"{name}, ours"), rows.get(f"{name}, Accelerate")
-        if ours is not None:
+        theirs = rows.get(f"{name}, Accelerate")
+        for ours in (each for step, each in rows.items() if step.startswith(f"{name}, ours")):
             ranks = ours["ranks"]
             ratio = f"{theirs['token_s'] / ranks[0]['token_s']:.2f}" if theirs else ""
             lines.append(f"| {name} | 4 ranks | {ours['budget']} | {shown_bytes(max(rank['peak'] for rank in ranks))} "
@@ -84,10 +86,24 @@ def _slower(rows: dict) -> list[str]:
     token, disk = ours["ranks"][0]["token_s"], max(rank["disk_s"] for rank in ours["ranks"])
     rates = [nbytes / seconds / 1e9 for nbytes, seconds in ((sum(rank["read_bytes"] for rank in ours["ranks"]), token),
                                                             (theirs["read_bytes"], theirs["token_s"]))]
+    alone = f" (reading as it does, with nobody multiplying, {theirs['disk_s']:.2f} s)" if theirs.get("disk_s") else ""
     return [f"With the disk as it is we were slower: a token took {token / theirs['token_s']:.2f} times Accelerate's, {token:.2f} s, and "
             f"our reads alone {disk:.2f} s, so it is the reading, {rates[0]:.2f} GB/s of four processes together where its one process had "
-            f"{rates[1]:.2f}; why cannot be said yet: the two did not take turns on a disk whose rate changes from minute to minute, and "
-            "nobody has timed its kind of reading (mapped, one process) beside ours (direct, four processes) with nobody multiplying.", ""]
+            f"{rates[1]:.2f}{alone}.", ""]
+
+
+def _least_memory(rows: dict) -> list[str]:
+    """What stands between us and a third of Accelerate's memory, where it stands there."""
+    ours, theirs = rows.get("as it is, ours"), rows.get("as it is, Accelerate")
+    if ours is None or theirs is None or theirs.get("torch_bytes") is None:
+        return []
+    own, peak, torch = max(rank["peak"] for rank in ours["ranks"]), theirs["peak"], theirs["torch_bytes"]
+    if peak >= LESS * own:
+        return []
+    return [f"A third of Accelerate's memory would be {shown_bytes(peak / LESS)} a rank. A process that has imported torch and nothing "
+            f"else has a peak of {shown_bytes(torch)} here, measured in the same run; {shown_bytes(max(0, peak / LESS - torch))} would be "
+            f"left for weights, cache, activations and tokenizer. Beyond torch we hold {shown_bytes(own - torch)} and Accelerate "
+            f"{shown_bytes(peak - torch)}, {(peak - torch) / (own - torch):.1f} times as much.", ""]
 
 
 def _seventy_table(results: dict) -> list[str]:
@@ -102,17 +118,20 @@ def _links_table(results: dict) -> list[str]:
     rows = steps(results, "links")
     if not rows:
         return []
-    lines = ["## Over emulated links, 300 Mbit/s and 1 ms (1B shape, weights held)", "", "The ways take turns within one run. Predicted: "
+    lines = ["## Over emulated links, 300 Mbit/s and 1 ms (1B shape, weights held)", "",
+             "The ways take turns within one run. Predicted: "
              "the planner's sums (as `plan --link 1ms,300Mbit`, and after `tune` has measured the link, where a message also costs what "
              "all ranks' messages take of two cores), and the products that the same ranks take on the same two cores with the sums left "
              "out.", "",
-             "| ranks | way | route of a row's sum | token ms | of it products | predicted, typed | predicted, tuned |",
-             "|---:|---|---|---:|---:|---:|---:|"]
+             "| ranks | way | route of a row's sum | token ms | half of them within | of it products | predicted, typed "
+             "| predicted, tuned |",
+             "|---:|---|---|---:|---:|---:|---:|---:|"]
     for row in rows.values():
         for way in row["sums_s"]:
             typed, tuned = link_prediction(row, way)
             route = " ".join(part for part in row["routes"][way] if part != "none")
             lines.append(f"| {row['ranks']} | {way} | {route} | {row['token_s'][way] * 1e3:.0f} "
+                         f"| {' to '.join(f'{each * 1e3:.0f}' for each in row.get('quartiles_s', {}).get(way, ()))} "
                          f"| {row['token_s']['products alone'] * 1e3:.0f} | {typed * 1e3:.0f} | {tuned * 1e3:.0f} |")
     return [*lines, ""]
 

@@ -98,6 +98,9 @@ def _accelerate(results: dict) -> Iterator[Verdict]:
         ours, theirs = rows.get(f"{name}, ours"), rows.get(f"{name}, Accelerate")
         if ours is not None:
             yield from _group(f"{len(ours['ranks'])} ranks, the disk {name}", ours["ranks"])
+        for step, more in rows.items():
+            if step.startswith(f"{name}, ours, "):
+                yield from _group(f"{len(more['ranks'])} ranks with {step.removeprefix(f'{name}, ours, ')}, the disk {name}", more["ranks"])
         if ours is None or theirs is None:
             continue
         if name == "limited":                        # as it is, one disk serves all: that ratio's limit is 1, and nothing is asked

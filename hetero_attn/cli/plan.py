@@ -7,7 +7,7 @@ import argparse
 EPILOG = """examples:
   hetero-attn plan MODEL --profile v100 --tp 4 --context 8192
   hetero-attn plan examples/shapes/pangu-38b --profile v100 --tp 8 --context 262144       KV of some layers in host memory
-  hetero-attn plan MODEL --profile edge --tp 8 --memory 1GiB --link 1ms,300Mbit \\
+  hetero-attn plan MODEL --profile edge --tp 8 --per-host 1 --memory 1GiB --link 1ms,300Mbit \\
       --set hardware.memory_gbps=20 --set hardware.disk_gbps=0.5
   hetero-attn plan MODEL --hosts hosts.yaml             unlike ranks, each with its profile, device and memory"""
 
@@ -30,7 +30,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                                                                 "lies in host memory (as generate has it)")
     parser.add_argument("--placement", metavar="WHERE", help="auto, all-device, or how many layers' KV lie in host memory (default: the "
                                                              "profile's)")
-    parser.add_argument("--per-host", type=int, metavar="N", help="ranks of one host, which share its memory (default: all)")
+    parser.add_argument("--per-host", type=int, metavar="N", help="ranks of one host, which share its memory and disk (default: all)")
     parser.add_argument("--link", metavar="LATENCY,RATE", help="the link between ranks, such as 1ms,300Mbit (default: as measured by tune)")
     parser.add_argument("--vocabulary", choices=["sharded", "master"], help="default: the profile's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile value (repeatable)")

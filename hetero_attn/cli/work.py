@@ -26,6 +26,7 @@ from hetero_attn.cli.request import Request, as_prompts
 from hetero_attn.cli.trust import ask_for_token, need_trust
 from hetero_attn.collectives import init_communicator
 from hetero_attn.models.budget import peak_bytes
+from hetero_attn.models.config import ModelError
 from hetero_attn.models.control import Driver, serve
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.generate import Generation, Piece, generate
@@ -94,8 +95,16 @@ def work(request: Request) -> int:
         return report(refused)
     finally:
         if log is not None:
-            log.remove()
+            forget(log)
     return 0
+
+
+def forget(log: RestartLog) -> None:
+    """The text is complete, and stays so where its log cannot be removed: a line, not a failure that torchrun would start all ranks for."""
+    try:
+        log.remove()
+    except ModelError as error:
+        print(f"hetero-attn: {error}", file=sys.stderr, flush=True)
 
 
 def drive(driver: Driver, request: Request) -> tuple[list[Generation], RestartLog | None]:

@@ -22,14 +22,15 @@ from hetero_attn.models.config import ModelConfig, ModelError
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.models.streaming import Layout, connect, materialise
 from hetero_attn.models.weights import Checkpoint
-from hetero_attn.parallel.disk import DiskReader
+from hetero_attn.parallel.disk import CHUNK, DiskReader
 from hetero_attn.parallel.linear import product
-from hetero_attn.parallel.residency import Residency, Work, choose, least_bytes, window_bytes
+from hetero_attn.parallel.residency import Residency, Work, choose, window_bytes, working_bytes
 from hetero_attn.parallel.sharding import Partition
-from hetero_attn.parallel.window import WeightWindow
+from hetero_attn.parallel.window import READERS, WeightWindow
 from hetero_attn.quantity import shown_bytes, shown_seconds
 
-PROBE_S = 0.4                   # of reading, for the disk's rate
+PROBE_S = 0.6                   # of reading, for the disk's rate
+PROBE_PIECES = 2                # in the window meanwhile, so that reading goes on while one is handed over
 LATER = 20 << 20                # libraries, tokenizer and Python objects that come after the weights
 SITE = "budget"
 
@@ -74,7 +75,7 @@ class MemoryPlan:
     def summary(self, rank: int) -> str:
         """The plan in a line or two."""
         parts = ", ".join(f"{shown_bytes(size)} {name}" for name, size in self.parts.items() if size)
-        stays = f"{len(self.residency.resident)} of {self.pieces} weights stay"
+        stays = f"{len(self.residency.resident)} of {self.pieces} slices stay"
         limit = "" if self.budget is None else f" of a budget of {shown_bytes(self.budget)}"
         what = (f"reading {shown_bytes(self.read_bytes)} a token at {self.rates.disk_bytes_s / 1e9:.2f} GB/s takes "
                 f"{shown_seconds(self.disk_s)}, the rest {shown_seconds(self.compute_s + self.reduce_s)}, "
@@ -158,49 +159,55 @@ def activation_bytes(config: ModelConfig, partition: Partition, tokens: int, seq
 
 
 def measure(layout: Layout, communicator: Communicator, hidden: int, dtype: torch.dtype) -> Rates:
-    """All ranks together: the disk under everybody's reads, a product, a sum. At most one weight is in memory meanwhile."""
+    """All ranks together: the disk under everybody's reads, so that ranks of one host find each its share of a disk; a product; a sum. At
+    most PROBE_PIECES pieces are in memory meanwhile."""
     works = [index for index, piece in enumerate(layout.pieces) if piece.nbytes]
     if not works:
         return Rates(float("inf"), 0.0, _reduce_seconds(communicator, hidden, dtype))
     # Without checksums: they are compared once, and what is asked here is how quick a later pass is.
-    window = WeightWindow([replace(piece, checks=()) for piece in layout.pieces], max(layout.pieces[index].nbytes for index in works))
+    window = WeightWindow([replace(piece, checks=()) for piece in layout.pieces],
+                          PROBE_PIECES * max(layout.pieces[index].nbytes for index in works))
     try:
         window.start()
-        window.take(works[0])
-        window.give_back(works[0])
+        product_byte_s = _product_seconds(layout, window, dtype)
+        # Somewhere else each time: what was read a moment ago may come quicker, from a cache below us.
+        first = place = time.time_ns() // 1_000_000 % len(works)
+        window.take(works[place])
+        window.give_back(works[place])
         communicator.barrier(site=SITE)
-        began, before, place = time.perf_counter(), window.reader.read_bytes, 1
-        while (elapsed := time.perf_counter() - began) < PROBE_S and place < 64 * len(works):
+        began, before = time.perf_counter(), window.reader.read_bytes
+        while (elapsed := time.perf_counter() - began) < PROBE_S and place - first < 64 * len(works):
+            place += 1
             window.take(works[place % len(works)])
             window.give_back(works[place % len(works)])
-            place += 1
         rate = (window.reader.read_bytes - before) / max(elapsed, 1e-9)
-        product_byte_s = _product_seconds(layout, window, dtype)
+        # The better of two at some distance: what disturbs a machine lasts longer than a few products.
+        product_byte_s = min(product_byte_s, _product_seconds(layout, window, dtype))
     finally:
         window.close()
     return Rates(max(rate, 1.0), product_byte_s, _reduce_seconds(communicator, hidden, dtype))
 
 
 def _product_seconds(layout: Layout, window: WeightWindow, dtype: torch.dtype) -> float:
-    """Seconds a byte of weight, of the first layer's products with one row."""
-    seconds, nbytes = 0.0, 0
+    """Seconds a byte of weight, of the first layer's products with one row: each run once, as the disk left it, since a run that was
+    multiplied a moment ago lies in the processor's cache."""
+    found, known = [], set()
     for module, indices in layout.users[:4]:
-        if not layout.pieces[indices[0]].nbytes:
-            continue
-        for weight in window.take(indices[0]):
-            if weight.dim() == 3:                                        # experts: one is like another
-                weight = weight[0]
-            x = torch.ones(1, weight.shape[1], dtype=dtype)
-            product(module.linear, x, weight)                            # the first may compile a kernel
-            times = []
-            for _ in range(3):
+        for index in indices:
+            for weight in window.take(index):
+                if not weight.numel():
+                    continue
+                if weight.dim() == 3:                                    # experts: one is like another
+                    weight = weight[0]
+                x = torch.ones(1, weight.shape[1], dtype=dtype)
+                if weight.shape not in known:                            # the first of a shape may compile a kernel
+                    product(module.linear, x, torch.zeros_like(weight))
+                    known.add(weight.shape)
                 began = time.perf_counter()
                 product(module.linear, x, weight)
-                times.append(time.perf_counter() - began)
-            seconds += statistics.median(times)
-            nbytes += weight.nbytes
-        window.give_back(indices[0])
-    return seconds / nbytes if nbytes else 0.0
+                found.append((time.perf_counter() - began) / weight.nbytes)
+            window.give_back(index)
+    return statistics.median(found) if found else 0.0
 
 
 def _reduce_seconds(communicator: Communicator, hidden: int, dtype: torch.dtype) -> float:
@@ -219,9 +226,8 @@ def works_of(layout: Layout, rates: Rates, experts_share: float = 1.0) -> list[W
     found = []
     for piece in layout.pieces:
         share = experts_share if piece.name.endswith(".experts") else 1.0
-        ends_block = piece.name.endswith((".o_proj", ".down_proj", ".experts"))
         seconds = share * piece.nbytes * rates.product_byte_s
-        found.append(Work(piece.nbytes, piece.read_bytes, seconds, rates.reduce_s if ends_block else 0.0, ends_block))
+        found.append(Work(piece.nbytes, piece.read_bytes, seconds, rates.reduce_s if piece.ends_block else 0.0, piece.ends_block))
     return found
 
 
@@ -237,9 +243,9 @@ def plan(layout: Layout, rates: Rates, decoder: Decoder, room: Room, *, head: bo
         "Python, torch and libraries": resident_bytes() + LATER,
         "KV cache": cache_bytes(config, partition, room.tokens, room.sequences, decoder.kv_block_size, dtype),
         "activations": activation_bytes(config, partition, min(room.chunk, room.tokens), room.sequences, dtype, head=head),
-        "read buffers": 3 << 20,
+        "read buffers": READERS * CHUNK + (1 << 20),
     }
-    needed = sum(fixed.values()) + max(least_bytes(works), wanted or 0)
+    needed = sum(fixed.values()) + max(working_bytes(works), wanted or 0)
     _refuse_small(decoder.communicator, room.budget, needed)
     ring = wanted
     left = needed - sum(fixed.values()) if room.budget is None else room.budget - sum(fixed.values())
@@ -260,6 +266,6 @@ def _refuse_small(communicator: Communicator, budget: int | None, needed: int) -
     if short:
         smallest = max(least for _, _, least in short)
         lines = "; ".join(f"rank {rank} has {shown_bytes(given)} and needs {shown_bytes(least)}" for rank, given, least in short)
-        # Rounded up to what a person would type.
+        # Rounded up to what a person would type, and a little more: a process differs by a MiB from one start to the next.
         raise ModelError(f"the memory budget is too small: {lines} (Python and torch, KV cache, activations and the largest weight); "
-                         f"the smallest that works is {(smallest >> 20) + 1}MiB; or ask for fewer new tokens, or take more ranks")
+                         f"the smallest that works is {(smallest >> 20) + 3}MiB; or ask for fewer new tokens, or take more ranks")

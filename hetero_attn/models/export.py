@@ -32,7 +32,7 @@ from hetero_attn.models.shard_folder import (
     read_manifest,
     stored_of,
 )
-from hetero_attn.models.streaming import HEAD_ROWS, Layout
+from hetero_attn.models.streaming import RUN_ROWS, Layout
 from hetero_attn.models.weights import DTYPES, Checkpoint, Entry, check_content, opened_file, shard_entries
 from hetero_attn.parallel.disk import ALIGN
 from hetero_attn.parallel.sharding import Partition, Shard
@@ -149,7 +149,7 @@ class _RankPlan:
     def _write_tensor(self, opened, shard: Shard, entry: Entry) -> dict:
         shape, checks = _stored_shape(shard), []
         rows = shape[0] if shape else 0
-        step = HEAD_ROWS if shard.name in ("model.embed_tokens.weight", "lm_head.weight") else max(rows, 1)
+        step = RUN_ROWS if len(shape) > 1 else max(rows, 1)
         own = (*shard.own, *map(range, shard.shape[len(shard.own):]))
         with opened_file(entry.file) as source:
             tensor = source.get_slice(entry.key or shard.name)

@@ -3,7 +3,7 @@
     link: {latency_ms: 1, bandwidth_mbps: 300, message_ms: 0.2}     # or measured by `hetero-attn tune` (leave it out)
     ranks:
       - {profile: edge, memory: 3GiB, set: {hardware.memory_gbps: 20, hardware.disk_gbps: 0.5, hardware.fp32_tflops: 0.2}}
-      - {profile: v100, device: "cuda:0", host: big}               # ranks of one host share its memory and its processors
+      - {profile: v100, device: "cuda:0", host: big}               # ranks of one host share its memory and its disk
 """
 
 from __future__ import annotations

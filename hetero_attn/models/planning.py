@@ -6,6 +6,7 @@ any machine for any other. A number that is needed and that nobody has given is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,17 +117,17 @@ def plan_model(path: str | Path, hosts: Hosts, *, context: int | None = None, vo
     if len(hosts.ranks) > config.q_heads:
         raise ModelError(f"{len(hosts.ranks)} ranks are more than the model's {config.q_heads} query heads; leave some out")
     total = sum(map(checkpoint.bytes_of, _shards(config, checkpoint, None, 0, 1, "master", layers_only=True)))
-    together, (communicator, kept) = sharing(hosts.ranks), kept_by_communicator(hosts)
-    speeds = [_speed(host, config, checkpoint, dtype, context, vocabulary, rank, len(hosts.ranks), together, kept)
-              for rank, host in enumerate(hosts.ranks)]
+    together, disks, (communicator, kept) = sharing(hosts.ranks), _disks(hosts.ranks), kept_by_communicator(hosts)
+    speeds = [_speed(host, disk, config, checkpoint, dtype, context, vocabulary, rank, len(hosts.ranks), together, kept)
+              for rank, (host, disk) in enumerate(zip(hosts.ranks, disks))]
     try:
         parts = shares(total, speeds)
         partitions = uneven([max(part, 1e-9) for part in parts], q_heads=config.q_heads, kv_heads=config.kv_heads,
                             ffn=config.intermediate_size, vocab=config.vocab_size, vocabulary=vocabulary)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context, together, kept)
-                  for host, partition in zip(hosts.ranks, partitions))
+    ranks = tuple(_rank(host, partition, config, checkpoint, dtype, context, together, disk, kept)
+                  for host, partition, disk in zip(hosts.ranks, partitions, disks))
     link = _survey(hosts)
     reduce_s, algorithm, codec = _sums(hosts, link, config, dtype, 1)
     prefill_reduce_s, *_ = _sums(hosts, link, config, dtype, PROMPT)
@@ -172,8 +173,20 @@ def _memory(host: Host) -> int:
     return host.memory if host.memory is not None else int(_number(host, "memory_gib", "device memory, GiB") * 2**30)
 
 
-def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, context, vocabulary, rank, world_size, together,
-           kept: int) -> Speed:
+def _disk(host: Host) -> float:
+    """Bytes a second of the disk that a rank may stream from, 0: none."""
+    return 0.0 if cooperates(host) else (host.profile.hardware.disk_gbps or 0.0) * 1e9
+
+
+def _disks(hosts: Sequence[Host]) -> list[float]:
+    """Each rank's share of its disk: ranks of one named host that may stream read at the same time, and the disk gives no more for that."""
+    readers = Counter(host.name for host in hosts if _disk(host))
+    return [_disk(host) / (readers[host.name] if _disk(host) and host.name else 1) for host in hosts]
+
+
+def _speed(
+    host: Host, disk: float, config: ModelConfig, checkpoint: Checkpoint, dtype, context, vocabulary, rank, world_size, together, kept: int,
+) -> Speed:
     """What an even share would leave of the rank's memory for weights: a start that the split then improves on."""
     try:
         even = Partition.of(rank, world_size, q_heads=config.q_heads, kv_heads=config.kv_heads, ffn=config.intermediate_size,
@@ -181,11 +194,9 @@ def _speed(host: Host, config: ModelConfig, checkpoint: Checkpoint, dtype, conte
     except ValueError as error:
         raise ModelError(str(error)) from None
     fixed = _fixed(host, even, config, dtype, context) + kept
-    disk = host.profile.hardware.disk_gbps if host.profile.device == "cpu" else None
     window = _window(config, checkpoint, even) if disk else 0
     vocab = 0 if disk else 2 * len(even.vocab) * config.hidden_size * dtype.itemsize
-    return Speed(_bandwidth(host, together), max(0, _memory(host) - fixed - window - vocab),
-                 (disk or 0.0) * 1e9)
+    return Speed(_bandwidth(host, together), max(0, _memory(host) - fixed - window - vocab), disk)
 
 
 def _fixed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.dtype, context: int) -> int:
@@ -209,9 +220,9 @@ def _window(config: ModelConfig, checkpoint: Checkpoint, partition: Partition) -
 
 def _rank(
     host: Host, partition: Partition, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, context: int,
-    together: dict[str, int], kept: int = 0,
+    together: dict[str, int], disk: float, kept: int = 0,
 ) -> RankPlan:
-    """kept: bytes of the device that the communicator keeps."""
+    """disk: bytes a second, of this rank's share. kept: bytes of the device that the communicator keeps."""
     every = _shards(config, checkpoint, partition, partition.rank, partition.world_size, partition.vocabulary)
     weights = sum(checkpoint.bytes_of(shard) for shard in every)
     table = sum(checkpoint.bytes_of(shard) for shard in every if shard.name == "model.embed_tokens.weight")
@@ -227,7 +238,6 @@ def _rank(
             placement = placed(host, partition, config, dtype, context, room, together[host.name])
         cache = placement.device_bytes if placement else 0
     room = memory - process - kept - cache - activations
-    disk = 0.0 if cooperates(host) else (host.profile.hardware.disk_gbps or 0.0) * 1e9
     # A token goes through one row of the table and all of the head, where they are not one.
     used = weights - (0 if config.tied_embeddings else table)
     window = streamed = 0
@@ -304,7 +314,7 @@ def _alone(hosts: Hosts, config: ModelConfig, checkpoint: Checkpoint, dtype: tor
     times = []
     for host in hosts.ranks:
         try:
-            rank = _rank(host, whole, config, checkpoint, dtype, context, {host.name: 1})
+            rank = _rank(host, whole, config, checkpoint, dtype, context, {host.name: 1}, _disk(host))
         except ModelError:
             continue
         if rank.placement and missing(host, rank.placement):
@@ -331,3 +341,7 @@ def _remarks(link: Survey | None, ranks: Sequence[RankPlan], token: float | None
     if reading:
         yield (f"rank {slow.partition.rank}'s disk sets the pace: {slow.disk_s:.3g} s of reading a token; memory or a quicker disk gains "
                "most")
+        sharing_it = [str(each.partition.rank) for each in ranks if each.streamed and each.host.name and each.host.name == slow.host.name]
+        if len(sharing_it) > 1:
+            yield (f"ranks {', '.join(sharing_it)} are on one host and share its disk's {slow.host.profile.hardware.disk_gbps:g} GB/s: put "
+                   "them on several if there are several (--per-host, or host: in hosts.yaml)")

@@ -83,9 +83,11 @@ class RestartLog:
             self._write({"shown": characters})
 
     def remove(self) -> None:
-        """The text is complete."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        """The text is complete. Raises ModelError where the file, and the text's token ids in it, has to stay."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ModelError(f"{self.path} cannot be removed: {error.strerror}; delete it, the token ids of the text are in it") from None
 
     def _write(self, line: dict) -> None:
         content = json.dumps(line).encode() + b"\n"

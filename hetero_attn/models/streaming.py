@@ -1,8 +1,9 @@
 """A decoder whose weights come from the disk: which slices make a piece of the weight window, and what a rank holds beside it.
 
 Projections and experts are streamed, by each rank its own slices, in the dtype they are stored in. Norms, biases and routers are small and
-held. The embedding is a table on the disk of which rows are looked up through a mapping, and the head goes through the window in slices of
-rows; so a rank that has both needs no more memory than one that has neither.
+held. A projection goes through the window in runs of rows, of which each makes features of its own: the smallest window is two runs and not
+the largest weight (7B shape, 4 ranks: 8 MiB and not 43). The embedding is a table on the disk of which rows are looked up through a
+mapping, and the head is one more projection; so a rank that has both needs no more memory than one that has neither.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import mmap
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -25,14 +27,15 @@ from hetero_attn.parallel.linear import empty_parameter
 from hetero_attn.parallel.sharding import Shard
 from hetero_attn.parallel.window import Lent, Piece, Tensor, WeightWindow
 
-HEAD_ROWS = 1024                # a slice of the head has a multiple of so many rows
-HEAD_BYTES = 32 << 20           # and about so many bytes, unless other pieces are larger: then about theirs
+RUN_ROWS = 256                  # a run has a multiple of so many rows: a folder of one rank has a checksum for each so many
+RUN_BYTES = 4 << 20             # and up to so many bytes, unless those rows have more: a product's call is little beside their reading
 
 
 class Layout:
     """The pieces of a decoder (on the meta device) in a checkpoint, in the order of a pass, and who takes which. Raises ModelError.
 
-    users: (the layer with `streamed`, its pieces' indices). held: parameters that stay in memory.
+    users: (the layer with `streamed`, its pieces' indices, which are runs of its weight's rows in order). held: parameters that stay in
+    memory.
     """
 
     def __init__(self, decoder: Decoder, checkpoint: Checkpoint) -> None:
@@ -45,13 +48,13 @@ class Layout:
             for shard in layer.shards(f"model.layers.{number}.", names):
                 by_weight.setdefault(_storage(shard.into), []).append(shard)
             attention, mlp = f"layers.{number}.attention", f"layers.{number}.mlp"
-            self._add(layer.attention.qkv_proj, f"{attention}.qkv_proj", ["weight"], by_weight)
-            self._add(layer.attention.o_proj, f"{attention}.o_proj", ["weight"], by_weight)
+            self._add_runs(layer.attention.qkv_proj, f"{attention}.qkv_proj", by_weight)
+            self._add_runs(layer.attention.o_proj, f"{attention}.o_proj", by_weight, ends_block=True)
             if isinstance(layer.mlp, MixtureOfExperts):
                 self._add(layer.mlp, f"{mlp}.experts", ["gate_up", "down"], by_weight)
             else:
-                self._add(layer.mlp.gate_up_proj, f"{mlp}.gate_up_proj", ["weight"], by_weight)
-                self._add(layer.mlp.down_proj, f"{mlp}.down_proj", ["weight"], by_weight)
+                self._add_runs(layer.mlp.gate_up_proj, f"{mlp}.gate_up_proj", by_weight)
+                self._add_runs(layer.mlp.down_proj, f"{mlp}.down_proj", by_weight, ends_block=True)
         self._add_head(decoder)
         self._streamed |= {_storage(decoder.embed.weight), _storage(decoder.lm_head.weight)}
 
@@ -62,7 +65,37 @@ class Layout:
     def is_streamed(self, parameter: torch.Tensor) -> bool:
         return _storage(parameter) in self._streamed
 
+    def _add_runs(self, module: nn.Module, name: str, by_weight: dict[int, list[Shard]], *, ends_block: bool = False) -> None:
+        """A projection, in runs of the rows of its weight [own features, in]; none goes over the edge of a tensor of the checkpoint."""
+        weight = module.weight
+        shards = [shard for shard in by_weight.get(_storage(weight), []) if shard.into.numel()]
+        dtype, width, indices = self._dtype(name, shards, weight.dtype), weight.shape[1], []
+        for shard in shards:
+            before = shard.into.storage_offset() // width                # rows of the weight that other tensors fill
+            for rows in self._runs(shard.name, shard.into.shape[0], width * dtype.itemsize):
+                own = (shard.own[0][rows.start : rows.stop], *shard.own[1:])
+                parts = self._parts(shard.name, own, 0, (width, 1), dtype)
+                checks = self._checks(shard.name, own, 0, shard.into[rows.start : rows.stop])
+                indices.append(len(self.pieces))
+                self.pieces.append(Piece(f"{name}.{before + rows.start}", (Tensor(0, (len(rows), width), dtype),), tuple(parts),
+                                         tuple(checks)))
+        if indices:
+            self.pieces[-1] = replace(self.pieces[-1], ends_block=ends_block)
+        else:
+            indices.append(len(self.pieces))
+            self.pieces.append(Piece(name, (Tensor(0, tuple(weight.shape), dtype),), (), ends_block=ends_block))
+        self._streamed.add(_storage(weight))
+        self.users.append((module, indices))
+
+    def _runs(self, name: str, rows: int, row_bytes: int) -> Iterator[range]:
+        """`rows` rows of a tensor, cut where its checksums end."""
+        grain = self._checkpoint.entries[name].check_rows or RUN_ROWS
+        step = max(1, RUN_BYTES // (grain * row_bytes)) * grain
+        for start in range(0, rows, step):
+            yield range(start, min(start + step, rows))
+
     def _add(self, module: nn.Module, name: str, weights: Sequence[str], by_weight: dict[int, list[Shard]]) -> None:
+        """Experts: all of a layer's are one piece."""
         tensors, parts, checks, end = [], [], [], 0
         for weight in weights:
             parameter = getattr(module, weight)
@@ -76,7 +109,7 @@ class Layout:
             self._streamed.add(_storage(parameter))
             end += -(-parameter.numel() * dtype.itemsize // 64) * 64
         self.users.append((module, [len(self.pieces)]))
-        self.pieces.append(Piece(name, tuple(tensors), tuple(parts), tuple(checks)))
+        self.pieces.append(Piece(name, tuple(tensors), tuple(parts), tuple(checks), ends_block=True))
 
     def _add_head(self, decoder: Decoder) -> None:
         head, own = decoder.lm_head, decoder.lm_head.own
@@ -84,11 +117,9 @@ class Layout:
             return
         name = "model.embed_tokens.weight" if head.tied else "lm_head.weight"
         dtype, width = DTYPES[self._checkpoint.entries[name].dtype], head.weight.shape[1]
-        largest = max([HEAD_BYTES, *(piece.nbytes for piece in self.pieces)])
-        step = max(1, largest // (HEAD_ROWS * width * dtype.itemsize)) * HEAD_ROWS
         indices = []
-        for start in range(own.start, own.stop, step):
-            rows = range(start, min(start + step, own.stop))
+        for run in self._runs(name, len(own), width * dtype.itemsize):
+            rows = own[run.start : run.stop]
             parts = self._parts(name, (rows,), 0, (width, 1), dtype)
             checks = self._checks(name, (rows,), 0, None)
             indices.append(len(self.pieces))
@@ -169,7 +200,7 @@ def connect(decoder: Decoder, layout: Layout, checkpoint: Checkpoint, window: We
     """Puts the window between the decoder and its weights; it ends with the decoder."""
     for module, indices in layout.users:
         lent = [Lent(window, index) for index in indices]
-        module.streamed = lent if module is decoder.lm_head else lent[0]
+        module.streamed = lent[0] if isinstance(module, MixtureOfExperts) else lent
     if len(decoder.embed.own):
         entry = checkpoint.entries["model.embed_tokens.weight"]
         decoder.embed.table = EmbeddingTable(entry, decoder.embed.own, decoder.dtype)

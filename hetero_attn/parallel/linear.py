@@ -45,6 +45,26 @@ def product(
     return out
 
 
+def streamed_product(
+    linear: Callable[..., torch.Tensor], x: torch.Tensor, streamed: Sequence[Lent], bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear(x [T, K], weight [N, K], bias [N]) -> [T, N] for a weight that the window lends in runs of rows."""
+    made, first = [], 0
+    for lent in streamed:
+        with lent as (weight,):
+            rows = slice(first, first + weight.shape[0])
+            own = None if bias is None else bias[rows]
+            if len(streamed) == 1:
+                return product(linear, x, weight, own, out=out)
+            if out is None:
+                made.append(product(linear, x, weight, own))
+            else:
+                out[..., rows] = product(linear, x, weight, own)
+            first = rows.stop
+    return torch.cat(made, dim=-1) if out is None else out
+
+
 class ColumnParallelLinear(nn.Module):
     """One or more projections of the same input, each cut by output features, kept as one weight so that they are one product.
 
@@ -52,7 +72,7 @@ class ColumnParallelLinear(nn.Module):
     """
 
     linear = staticmethod(linear)
-    streamed: Lent | None = None                 # lends the weight for each product, where it is not held (parallel/window.py)
+    streamed: Sequence[Lent] | None = None       # lends the weight for each product, where it is not held (parallel/window.py)
 
     def __init__(
         self,
@@ -77,8 +97,7 @@ class ColumnParallelLinear(nn.Module):
         """x [T, in] -> [T, own features of all parts], side by side as one product makes them."""
         if self.streamed is None:
             return self.linear(x, self.weight, self.bias)
-        with self.streamed as (weight,):
-            return product(self.linear, x, weight, self.bias)
+        return streamed_product(self.linear, x, self.streamed, self.bias)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         for index, (name, out_features, own) in enumerate(self.parts):
@@ -91,7 +110,7 @@ class RowParallelLinear(nn.Module):
     """A projection cut by input features: every rank has a partial sum of all outputs. The bias is held, and added, by rank 0 alone."""
 
     linear = staticmethod(linear)
-    streamed: Lent | None = None
+    streamed: Sequence[Lent] | None = None
 
     def __init__(
         self,
@@ -118,8 +137,7 @@ class RowParallelLinear(nn.Module):
         if self.streamed is None:
             self.linear(x, self.weight, self.bias, out=out)
             return out
-        with self.streamed as (weight,):
-            return product(self.linear, x, weight, self.bias, out=out)
+        return streamed_product(self.linear, x, self.streamed, self.bias, out=out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, own features] -> [T, out], the same on every rank: all_reduce(partial(x)), which a device may fuse."""
@@ -196,7 +214,7 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """Hidden states to logits, in fp32: columns gathered over all ranks ('sharded'), or made by rank 0 alone ('master').
 
-    `tied` shares the embedding's weight, which is cut in the same way. `streamed`, where the weight is not held, lends it in slices.
+    `tied` shares the embedding's weight, which is cut in the same way. `streamed`, where the weight is not held, lends it in runs of rows.
     """
 
     linear = staticmethod(linear)
@@ -226,11 +244,7 @@ class VocabularyHead(nn.Module):
         """hidden [N, C] -> this rank's logits [N, own rows]."""
         if self.streamed is None:
             return self.linear(hidden, self.weight)
-        made = []
-        for lent in self.streamed:
-            with lent as (weight,):
-                made.append(product(self.linear, hidden, weight))
-        return torch.cat(made, dim=-1) if made else hidden.new_empty(len(hidden), 0)
+        return streamed_product(self.linear, hidden, self.streamed)
 
     def shards(self, prefix: str) -> Iterator[Shard]:
         if len(self.own) and not self.tied:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from hetero_attn.parallel.disk import ALIGN
 
 CANDIDATES = 24                 # sizes of the ring that are tried
+SLACK_S = 0.05                  # of reading that the ring has room for before anything stays: ranks wait for one another, and are late by
+                                # what else runs (7B shape, 2 ranks on 2 cores: with a ring of 10 MiB a token took 1.19 of its limit)
 ENOUGH = 1.005                  # of two plans within half a per cent, the one with the smaller ring
 
 
@@ -142,6 +144,12 @@ def least_bytes(works: Sequence[Work]) -> int:
     return max((work.nbytes for work in works), default=0)
 
 
+def working_bytes(works: Sequence[Work]) -> int:
+    """The smallest ring in which a piece is read while the one before it is multiplied: any two in a row."""
+    sizes = [work.nbytes for work in works if work.nbytes]
+    return max((one + other for one, other in zip(sizes, sizes[1:] + sizes[:1])), default=0) if len(sizes) > 1 else sum(sizes)
+
+
 def spread(works: Sequence[Work], nbytes: int) -> frozenset[int]:
     """Pieces for nbytes of memory, evenly over the pass, so that reads are never far from what is wanted next."""
     total = sum(work.nbytes for work in works)
@@ -189,6 +197,7 @@ def choose(works: Sequence[Work], weight_bytes: int, disk_bytes_s: float, *, rin
         sizes = [max(least, ring_bytes)]
     else:
         most = min(weight_bytes, total)
+        least = max(least, min(most, int(disk_bytes_s * SLACK_S)) // ALIGN * ALIGN)
         steps = [least * (most / least) ** (step / (CANDIDATES - 1)) for step in range(CANDIDATES)]
         # Where whole blocks fit one after the other, none is lost at the ring's end.
         whole = [window_bytes(works, blocks) for blocks in range(1, 9)]

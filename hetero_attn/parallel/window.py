@@ -1,9 +1,9 @@
 """The weight window: a model's slices come from the disk as they are needed, cyclically over all tokens, into memory that is used again.
 
-A piece is one weight of this rank (q, k and v; o; gate and up; down; some rows of the head): half a block of TPI-LLM, so that memory is
-free again sooner. Reader threads fill a ring of bytes as far ahead as it has room; whoever multiplies takes a piece, waits if it is not
-there yet, and gives it back as soon as the product is made: before the all-reduce, so that loads hide behind that too. Some pieces may
-stay (`resident`). Pieces are meant to be taken in order; any other order is right as well, and only slow.
+A piece is some rows of one weight of this rank (q, k, v, o, gate, up, down, the head): a part of a block of TPI-LLM, so that memory is
+free again sooner and a small window will do. Reader threads fill a ring of bytes as far ahead as it has room; whoever multiplies takes a
+piece, waits if it is not there yet, and gives it back as soon as the product is made: before the all-reduce, so that loads hide behind that
+too. Some pieces may stay (`resident`). Pieces are meant to be taken in order; any other order is right as well, and only slow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hetero_attn.parallel.disk import ALIGN, DiskReader, Extent, buffer, chunks, joined
+from hetero_attn.parallel.disk import ALIGN, CHUNK, DiskReader, Extent, buffer, chunks, joined
 
 READERS = 2                     # threads: one read is under way while another is handed over
 STUCK_S = 600.0                 # a disk that gives nothing for so long is reported, not waited for
@@ -38,12 +38,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is loaded, kept and given back together. `checks`: (offset, bytes, sha256 hex) of parts, compared on the first load."""
+    """What is loaded, kept and given back together. `checks`: (offset, bytes, sha256 hex) of parts, compared on the first load.
+    ends_block: a sum between ranks follows."""
 
-    name: str                                       # "layers.3.mlp.gate_up_proj"
+    name: str                                       # "layers.3.mlp.gate_up_proj.1024": from that row on
     tensors: tuple[Tensor, ...]
     extents: tuple[Extent, ...]
     checks: tuple[tuple[int, int, str], ...] = ()
+    ends_block: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +123,7 @@ class WeightWindow:
     @property
     def nbytes(self) -> int:
         """Memory it holds once it has run: ring, residents, the readers' own buffers."""
-        return self.ring_bytes + sum(self.pieces[index].nbytes for index in self.resident) + self._readers * (1 << 20)
+        return self.ring_bytes + sum(self.pieces[index].nbytes for index in self.resident) + self._readers * CHUNK
 
     def start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads the residents, checks them, and lets the readers begin. progress(done_bytes, total_bytes) of the residents."""
@@ -130,8 +132,8 @@ class WeightWindow:
         for index in sorted(self.resident):
             piece = self.pieces[index]
             memory = buffer(piece.nbytes)
-            self._read_all(piece, memoryview(memory))
-            self._check(index, memoryview(memory))
+            self._read_all(piece, memory)
+            self._check(index, memory)
             self._kept[index] = torch.frombuffer(memory, dtype=torch.uint8)
             done += piece.nbytes
             if progress is not None:
@@ -265,7 +267,7 @@ class WeightWindow:
     # ---- the readers ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        target = memoryview(self._ring)
+        target = self._ring
         try:
             while True:
                 with self._changed:
