@@ -162,7 +162,7 @@ def markdown(rows: list[dict], estimates: list[dict]) -> str:
     lines += [f"| {r['variant']} | {r['layout']} | " + " | ".join(str(r["conflicts"][name]) for name in names) +
               f" | {r['wavefronts']} ({r['ideal_wavefronts']}) | {r['shared_bytes']} | {r['barriers']} |" for r in rows]
     lines += ["", *(f"{layout.name}: {layout.what}." for layout in LAYOUTS),
-              "Tile memory: K, V and the weights P. Where one tile serves K and V in turn (forward-d128-q256-k32), its accesses stand under",
+              "Tile memory: K, V and the weights P. Where one tile serves K and V in turn (forward-d128-q256-k32), its accesses are under",
               "K; there Q is read from shared memory too, which the estimate knows and the wavefronts here leave out.", "",
               "Estimate, not a measurement: least time of a causal fp16 prefill on a V100 by these counts; latencies, issue slots and",
               "the scalar instructions of the softmax are not in it.", "",
