@@ -9,14 +9,17 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import ceil
 
 import hypothesis
 import pytest
 import torch
 from hetero_attn_volta.kernels import sources
+from hetero_attn_volta.tiling import FORWARD, Plan
 from native import needs_compiler
 from volta_emulated import NAME, volta_emulated
 
+from hetero_attn import registry
 from hetero_attn.compiler import find_compiler
 from hetero_attn.profile import load_profile, shipped_profiles
 from hetero_attn.testing.attention import check
@@ -75,6 +78,27 @@ def test_conforms(case):
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
 def test_own_cases(case):
     check(case, NAME)
+
+
+# What the plan takes only where a call fills the device: forced on calls that a processor can run.
+LARGE = [variant for variant in FORWARD if next(each for each in FORWARD if each.head_dim == variant.head_dim) != variant]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("variant", LARGE, ids=lambda variant: variant.name)
+def test_variants_for_large_calls(variant, splits, monkeypatch):
+    """Rows that end within the second block, masks of all kinds, values that are not finite, pages, and keys in splits."""
+    forced = lambda spec: Plan(variant, (ceil(spec.q_len / variant.queries) * splits, spec.q_heads, spec.batch), splits)
+    monkeypatch.setattr(registry.get(NAME), "plan", forced)
+    q_len, kv_len = variant.queries + 21, variant.queries + 50
+    options = {"poison": {"poison": "nan", "is_causal": True}, "window": {"window_size": (75, 4), "sinks": torch.float32}}
+    if splits == 1:
+        options |= {"bias": {"mask": "bias -inf"}, "softcap": {"softcap": 3.0, "alibi": 1, "is_causal": True}}
+    for name, each in options.items():
+        check(AttentionCase(f"large-{name}", batch=1, q_len=q_len, kv_len=kv_len, q_heads=1, kv_heads=1, head_dim=variant.head_dim,
+                            dtype=torch.float16, lse="always", **each), NAME)
+    check(AttentionCase("large-pages", sequences=((q_len, kv_len), (33, 90)), is_causal=True, page_size=48, q_heads=1, kv_heads=1,
+                        head_dim=variant.head_dim, dtype=torch.float16), NAME)
 
 
 @pytest.mark.parametrize("order", ORDERS[1:])

@@ -84,8 +84,8 @@ FAULTS = {
     "lse of base 2": Fault(
         "scores.cuh", "base + logf(total)", "base + log2f(total)", (PLAIN, DECODE)),
     "warps of a decode block merged without waiting": Fault(
-        "decode.cu", "      spoiled[at] = group.spoiled[0][v1] ? 1.0f : 0.0f;\n    }\n  __syncthreads();",
-        "      spoiled[at] = group.spoiled[0][v1] ? 1.0f : 0.0f;\n    }", (DECODE,), True),
+        "decode.cu", "      spoiled[at] = bit(int(group.spoiled), v1) ? 1.0f : 0.0f;\n    }\n  __syncthreads();",
+        "      spoiled[at] = bit(int(group.spoiled), v1) ? 1.0f : 0.0f;\n    }", (DECODE,), True),
     "a warp of a decode block skips tiles": Fault(
         "decode.cu", "first + warp * KEYS, WARPS * KEYS,", "first + warp * KEYS, 2 * WARPS * KEYS,", (replace(DECODE, kv_len=300),)),
 }

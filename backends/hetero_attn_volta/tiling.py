@@ -103,13 +103,15 @@ def _occupancy(variant: Variant, shared_memory_bytes: int, registers: int) -> in
 
 
 # What compiles for sm_70 without a spill, by ptxas 12.9. Row tiles of 2 read K and V half as often; they need the registers that a head
-# dimension of 64 leaves. From 192 on, eight warps share the tiles, because only one block fits.
+# dimension of 64 leaves, or at 128 that Q and one tile for K and V leave (just: 255), where eight warps are one block with all of the
+# shared memory. From 192 on, eight warps share the tiles, because only one block fits.
 FORWARD = (
     Variant("forward", 32, 64, 4, 1, True, False, 1, 3),
     Variant("forward", 64, 64, 4, 1, True, False, 1, 2),
     Variant("forward", 64, 32, 4, 2, True, False, 1, 2),
     Variant("forward", 96, 64, 4, 1, True, False, 1, 2),
     Variant("forward", 128, 32, 4, 1, True, False, 1, 2),
+    Variant("forward", 128, 32, 8, 2, False, True, 1, 1),
     Variant("forward", 192, 32, 8, 1, False, False, 1, 1),
     Variant("forward", 256, 32, 8, 1, False, True, 2, 1),
 )

@@ -26,7 +26,7 @@ struct Attend {
 
   float out[ROW_TILES][FEATURE_TILES][8];
   float maximum[ROW_TILES][2], sum[ROW_TILES][2];
-  bool spoiled[ROW_TILES][2];                          // the row sees a value that is not finite
+  unsigned spoiled;                                    // bit 2 r + v1: that row of the lane sees a value that is not finite
   unsigned q[Q_IN_REGISTERS ? ROW_TILES : 1][Q_IN_REGISTERS ? STEPS : 1][2];
   const unsigned short* q_tile;                        // this warp's rows in shared memory
 
@@ -37,6 +37,7 @@ struct Attend {
 
   __device__ __forceinline__ void begin(const unsigned short* q_rows, int lane) {
     q_tile = q_rows;
+    spoiled = 0;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
@@ -47,7 +48,6 @@ struct Attend {
       for (int v1 = 0; v1 < 2; v1++) {
         maximum[r][v1] = -INFINITY_F;
         sum[r][v1] = 0.0f;
-        spoiled[r][v1] = false;
       }
       if (Q_IN_REGISTERS) {
 #pragma unroll
@@ -179,7 +179,7 @@ struct Attend {
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-          for (int v1 = 0; v1 < 2; v1++) spoiled[r][v1] |= at >= rows[r][v1].first && at < rows[r][v1].last;
+          for (int v1 = 0; v1 < 2; v1++) spoiled |= unsigned(at >= rows[r][v1].first && at < rows[r][v1].last) << (2 * r + v1);
       }
     }
   }

@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_decode(co
       const int at = warp * 16 + sum_row(lane, v1);
       maxima[at] = group.maximum[0][v1];
       sums[at] = group.sum[0][v1];
-      spoiled[at] = group.spoiled[0][v1] ? 1.0f : 0.0f;
+      spoiled[at] = bit(int(group.spoiled), v1) ? 1.0f : 0.0f;
     }
   __syncthreads();
   for (int turn = 0; turn < WARPS; turn++) {

@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) volta_forward(c
       const bool real = row.query < s.q_len;
       float factor, lse;
       close_row(call, head, call.splits == 1, group.maximum[r][v1], group.sum[r][v1], factor, lse);
-      if (group.spoiled[r][v1]) factor = __int_as_float(0x7fffffff);
+      if (bit(int(group.spoiled), 2 * r + v1)) factor = __int_as_float(0x7fffffff);
       const long long token = s.q_start + row.query;
       if (call.splits > 1) {
         const long long index = ((long long)split * call.q_heads + head) * call.total_q + (dense ? b * call.q_len : 0) + token;
