@@ -1,14 +1,18 @@
-"""The README is true: its table is the code's, the files it names exist, its example runs."""
+"""The README and the pages it leads to are true: the table is the code's, what they name exists, the example runs."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from hetero_attn.cli import SUBCOMMANDS
 from hetero_attn.testing.feature_table import END, START, replaced, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "DESIGN.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_feature_table_is_the_code_s():
@@ -21,23 +25,17 @@ def test_the_check_would_notice_a_drift():
     assert "sdpa*" in table()
 
 
-def test_files_and_commands_named_exist():
-    pages = [README, (ROOT / "DESIGN.md").read_text(), (ROOT / "docs" / "add_a_backend.md").read_text()]
-    named = set(re.findall(r"`((?:hetero_attn|backends|configs|tests|docs|examples|benchmarks)/[\w./-]+)`", "\n".join(pages)))
-    named |= set(re.findall(r"\]\(([\w./-]+)\)", README))
-    missing = [name for name in named if not (ROOT / name.rstrip("/")).exists() and name not in ("hetero_attn/configs",)]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_exists(page):
+    """Files in backquotes from the root, links from the page, make's targets, subcommands."""
+    text = page.read_text()
+    named = {ROOT / name for name in re.findall(r"`((?:hetero_attn|backends|configs|tests|docs|examples|benchmarks)/[\w./-]+)`", text)}
+    linked = {page.parent / name for name in re.findall(r"\]\(([\w./-]+)\)", text)}
+    missing = [str(path) for path in named | linked if not path.exists() and path != ROOT / "hetero_attn" / "configs"]
     assert not missing, missing
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)", README, re.M)):
-        name = "".join(target)
-        assert re.search(rf"^{name}:", makefile, re.M), f"README names `make {name}`, the Makefile has none"
-
-
-def test_the_subcommands_named_exist():
-    from hetero_attn.cli import SUBCOMMANDS
-
-    names = {module.__name__.rpartition(".")[2] for module in SUBCOMMANDS}
-    assert set(re.findall(r"hetero-attn ([a-z]+)", README)) <= names
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^make ([a-z-]+)", text, re.M)) <= targets
+    assert set(re.findall(r"(?:`|^)hetero-attn ([a-z]+)", text, re.M)) <= {module.__name__.rpartition(".")[2] for module in SUBCOMMANDS}
 
 
 def test_the_example_runs(tmp_path):
