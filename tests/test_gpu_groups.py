@@ -199,7 +199,8 @@ def test_an_outcome_comes_back_from_a_child_as_it_was():
 
 
 def test_checks_that_touch_groups_or_graphs_run_apart():
-    assert {check.name for check in checks.CHECKS if check.apart} == {"twin", "alone", "mixed", "collectives", "graphs", "replays", "fused"}
+    assert {check.name for check in checks.CHECKS if check.apart} == {"twin", "alone", "mixed", "collectives", "graphs", "replays", "fused",
+                                                                    "cooperation"}
     graphs = checks.selected("graphs")[0]
     outcome = checks.carried_out(graphs, checks.Run(CPU, deadline=time.monotonic() + 120))
     assert (outcome.status, outcome.text) == (SKIPPED, "cpu has no CUDA graphs")
