@@ -32,6 +32,8 @@ from hetero_attn.quantity import shown_bytes, shown_seconds
 PROBE_S = 0.6                   # of reading, for the disk's rate
 PROBE_PIECES = 2                # in the window meanwhile, so that reading goes on while one is handed over
 LATER = 20 << 20                # libraries, tokenizer and Python objects that come after the weights
+MIB = 1 << 20
+VARIES_MIB = 8                  # a process' own from one start to the next, by huge pages and arenas: a budget that is named works again
 SITE = "budget"
 
 
@@ -265,7 +267,8 @@ def _refuse_small(communicator: Communicator, budget: int | None, needed: int) -
     short = [(rank, given, least) for rank, (given, least) in enumerate(every.tolist()) if given and least > given]
     if short:
         smallest = max(least for _, _, least in short)
-        lines = "; ".join(f"rank {rank} has {shown_bytes(given)} and needs {shown_bytes(least)}" for rank, given, least in short)
-        # Rounded up to what a person would type, and a little more: a process differs by a MiB from one start to the next.
+        lines = "; ".join(f"rank {rank} has {shown_bytes(given)} and needs {shown_bytes(-(-least // MIB) * MIB)}"
+                          for rank, given, least in short)
         raise ModelError(f"the memory budget is too small: {lines} (Python and torch, KV cache, activations and the largest weight); "
-                         f"the smallest that works is {(smallest >> 20) + 3}MiB; or ask for fewer new tokens, or take more ranks")
+                         f"the smallest that works is {-(-smallest // MIB) + VARIES_MIB}MiB; or ask for fewer new tokens, or take "
+                         "more ranks")
