@@ -191,7 +191,7 @@ def carried_out(check: Check, run: Run, *, inside: bool = False) -> Outcome:
     """Run one check. inside: this is the process of its own."""
     begin = time.perf_counter()
     try:
-        outcome = apart(check, run) if check.apart and not inside else check.run(run)
+        outcome = apart(check.name, run.device, run.quick, run.left_s()) if check.apart and not inside else check.run(run)
     except subprocess.TimeoutExpired as error:
         outcome = Outcome(FAILED, f"no end after {error.timeout:.0f} s")
     except Exception as error:
