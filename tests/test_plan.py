@@ -226,3 +226,15 @@ def test_what_the_communicator_keeps_of_the_device_is_counted(folder, capsys):
     assert main(["plan", str(folder), "--profile", "h100", "--tp", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["communicator"] == "hopper" and [rank["communicator"] for rank in found["ranks"]] == [kept, kept]
+
+
+def test_ranks_of_one_host_share_what_it_has(folder, capsys):
+    """Memory, its rate and the disk: as much a rank whether the host holds some of the ranks or all."""
+    found = {}
+    for each in (1, 2, 4):
+        assert main(["plan", str(folder), "--profile", "edge", "--tp", "4", "--per-host", str(each), "--json", "--set",
+                     "hardware.memory_gib=4", "--set", "hardware.memory_gbps=20", "--set", "hardware.disk_gbps=0.5"]) == 0
+        found[each] = json.loads(capsys.readouterr().out)
+    assert [found[each]["ranks"][0]["memory"] >> 20 for each in (1, 2, 4)] == [4096, 2048, 1024]
+    times = [found[each]["ranks"][0]["compute_s"] for each in (1, 2, 4)]
+    assert times[1] == pytest.approx(2 * times[0]) and times[2] == pytest.approx(4 * times[0])

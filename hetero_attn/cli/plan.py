@@ -30,7 +30,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                                                                 "lies in host memory (as generate has it)")
     parser.add_argument("--placement", metavar="WHERE", help="auto, all-device, or how many layers' KV lie in host memory (default: the "
                                                              "profile's)")
-    parser.add_argument("--per-host", type=int, metavar="N", help="ranks of one host, which share its memory and disk (default: all)")
+    parser.add_argument("--per-host", type=int, metavar="N", help="ranks of one host, which share its memory and disk "
+                                                                     "(default: all; each CPU that --profile names by itself)")
     parser.add_argument("--link", metavar="LATENCY,RATE", help="the link between ranks, such as 1ms,300Mbit (default: as measured by tune)")
     parser.add_argument("--vocabulary", choices=["sharded", "master"], help="default: the profile's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile value (repeatable)")
@@ -81,7 +82,8 @@ def _hosts(args):
         memory = None if args.memory is None else parse_bytes(args.memory)
     except ValueError as error:
         raise CommandError(f"--memory: {error}") from None
-    names, note = [f"host {rank // each}" if count > each else "" for rank in range(count)], ""
+    named = count > each or (args.per_host is not None and profile.device == "cpu")     # ranks of a CPU with a name share it, see planning
+    names, note = [f"host {rank // each}" if named else "" for rank in range(count)], ""
     if args.profile is None and profile.device == "cpu" and memory is None and profile.hardware.memory_gib is None:
         memory, note = of_this_host(each := min(each, count))
         names = [f"host {rank // each}" for rank in range(count)]                       # a name: its ranks share its processors

@@ -30,7 +30,6 @@ from hetero_attn.parallel.window import READERS, WeightWindow
 from hetero_attn.quantity import shown_bytes, shown_seconds
 
 PROBE_S = 0.6                   # of reading, for the disk's rate
-PROBE_PIECES = 2                # in the window meanwhile, so that reading goes on while one is handed over
 LATER = 20 << 20                # libraries, tokenizer and Python objects that come after the weights
 MIB = 1 << 20
 VARIES_MIB = 8                  # a process' own from one start to the next, by huge pages and arenas: a budget that is named works again
@@ -161,14 +160,13 @@ def activation_bytes(config: ModelConfig, partition: Partition, tokens: int, seq
 
 
 def measure(layout: Layout, communicator: Communicator, hidden: int, dtype: torch.dtype) -> Rates:
-    """All ranks together: the disk under everybody's reads, so that ranks of one host find each its share of a disk; a product; a sum. At
-    most PROBE_PIECES pieces are in memory meanwhile."""
+    """All ranks together: the disk under everybody's reads, so that ranks of one host find each its share of a disk; a product; a sum. No
+    more than the smallest window is in memory meanwhile."""
     works = [index for index, piece in enumerate(layout.pieces) if piece.nbytes]
     if not works:
         return Rates(float("inf"), 0.0, _reduce_seconds(communicator, hidden, dtype))
     # Without checksums: they are compared once, and what is asked here is how quick a later pass is.
-    window = WeightWindow([replace(piece, checks=()) for piece in layout.pieces],
-                          PROBE_PIECES * max(layout.pieces[index].nbytes for index in works))
+    window = WeightWindow([replace(piece, checks=()) for piece in layout.pieces], working_bytes(layout.pieces))
     try:
         window.start()
         product_byte_s = _product_seconds(layout, window, dtype)
@@ -199,11 +197,12 @@ def _product_seconds(layout: Layout, window: WeightWindow, dtype: torch.dtype) -
             for weight in window.take(index):
                 if not weight.numel():
                     continue
+                other = None
                 if weight.dim() == 3:                                    # experts: one is like another
-                    weight = weight[0]
+                    weight, other = weight[0], weight[-1]
                 x = torch.ones(1, weight.shape[1], dtype=dtype)
                 if weight.shape not in known:                            # the first of a shape may compile a kernel
-                    product(module.linear, x, torch.zeros_like(weight))
+                    product(module.linear, x, torch.zeros_like(weight) if other is None else other)
                     known.add(weight.shape)
                 began = time.perf_counter()
                 product(module.linear, x, weight)
@@ -245,7 +244,7 @@ def plan(layout: Layout, rates: Rates, decoder: Decoder, room: Room, *, head: bo
         "Python, torch and libraries": resident_bytes() + LATER,
         "KV cache": cache_bytes(config, partition, room.tokens, room.sequences, decoder.kv_block_size, dtype),
         "activations": activation_bytes(config, partition, min(room.chunk, room.tokens), room.sequences, dtype, head=head),
-        "read buffers": READERS * CHUNK + (1 << 20),
+        "read buffers": (READERS + 1) * CHUNK + (1 << 20),
     }
     needed = sum(fixed.values()) + max(working_bytes(works), wanted or 0)
     _refuse_small(decoder.communicator, room.budget, needed)
@@ -269,6 +268,6 @@ def _refuse_small(communicator: Communicator, budget: int | None, needed: int) -
         smallest = max(least for _, _, least in short)
         lines = "; ".join(f"rank {rank} has {shown_bytes(given)} and needs {shown_bytes(-(-least // MIB) * MIB)}"
                           for rank, given, least in short)
-        raise ModelError(f"the memory budget is too small: {lines} (Python and torch, KV cache, activations and the largest weight); "
+        raise ModelError(f"the memory budget is too small: {lines} (Python and torch, KV cache, activations and the smallest window); "
                          f"the smallest that works is {-(-smallest // MIB) + VARIES_MIB}MiB; or ask for fewer new tokens, or take "
                          "more ranks")

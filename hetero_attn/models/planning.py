@@ -166,11 +166,13 @@ def _sharers(host: Host, together: dict[str, int]) -> int:
     return together[host.name] if on_shared_processors(host) else 1
 
 
-def _memory(host: Host) -> int:
+def _memory(host: Host, together: dict[str, int]) -> int:
+    """Bytes that the rank may use: what was said of it, else its device's, which the ranks of a named host's processors share."""
     allowed = device_memory(host)
     if allowed is not None:
         return allowed if host.memory is None else min(allowed, host.memory)
-    return host.memory if host.memory is not None else int(_number(host, "memory_gib", "device memory, GiB") * 2**30)
+    return host.memory if host.memory is not None else int(
+        _number(host, "memory_gib", "device memory, GiB") * 2**30 / _sharers(host, together))
 
 
 def _disk(host: Host) -> float:
@@ -196,7 +198,7 @@ def _speed(
     fixed = _fixed(host, even, config, dtype, context) + kept
     window = _window(config, checkpoint, even) if disk else 0
     vocab = 0 if disk else 2 * len(even.vocab) * config.hidden_size * dtype.itemsize
-    return Speed(_bandwidth(host, together), max(0, _memory(host) - fixed - window - vocab), disk)
+    return Speed(_bandwidth(host, together), max(0, _memory(host, together) - fixed - window - vocab), disk)
 
 
 def _fixed(host: Host, partition: Partition, config: ModelConfig, dtype: torch.dtype, context: int) -> int:
@@ -229,7 +231,7 @@ def _rank(
     cache = cache_bytes(config, partition, context, 1, host.profile.kv_block_size, dtype)
     chunk = min(host.profile.prefill_chunk, config.context_length)             # as Placing.figures has it, whatever is asked for
     activations = activation_bytes(config, partition, chunk, 1, dtype, head=bool(len(partition.vocab)))
-    memory, process, placement = _memory(host), _process(host), None
+    memory, process, placement = _memory(host, together), _process(host), None
     if cooperates(host):
         weights, table = ((sum(shard.into.numel() for shard in each) * dtype.itemsize) for each in          # cast as they are loaded
                           (every, [shard for shard in every if shard.name == "model.embed_tokens.weight"]))

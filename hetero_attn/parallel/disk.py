@@ -215,11 +215,14 @@ class DiskReader:
     def _open(self, file: Path) -> tuple[int, bool]:
         try:
             if self.direct:
+                descriptor = None
                 try:
                     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
                     if not os.fstat(descriptor).st_size or os.preadv(descriptor, [buffer(ALIGN)], 0):
                         return descriptor, True
                 except OSError as error:
+                    if descriptor is not None:
+                        os.close(descriptor)
                     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or self._asked:
                         raise
                 self.direct = False                                       # a file system without it, such as tmpfs

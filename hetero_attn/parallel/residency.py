@@ -145,7 +145,7 @@ def least_bytes(works: Sequence[Work]) -> int:
 
 
 def working_bytes(works: Sequence[Work]) -> int:
-    """The smallest ring in which a piece is read while the one before it is multiplied: any two in a row."""
+    """The smallest ring in which a piece is read while the one before it is multiplied: any two in a row. Of works: nbytes alone."""
     sizes = [work.nbytes for work in works if work.nbytes]
     return max((one + other for one, other in zip(sizes, sizes[1:] + sizes[:1])), default=0) if len(sizes) > 1 else sum(sizes)
 

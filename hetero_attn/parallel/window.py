@@ -128,13 +128,13 @@ class WeightWindow:
     def start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads the residents, checks them, and lets the readers begin. progress(done_bytes, total_bytes) of the residents."""
         total = sum(self.pieces[index].nbytes for index in self.resident)
-        done = 0
+        memory, done = memoryview(buffer(total)) if total else None, 0         # one mapping: a process may have 65,530
         for index in sorted(self.resident):
             piece = self.pieces[index]
-            memory = buffer(piece.nbytes)
-            self._read_all(piece, memory)
-            self._check(index, memory)
-            self._kept[index] = torch.frombuffer(memory, dtype=torch.uint8)
+            own = memory[done : done + piece.nbytes]
+            self._read_all(piece, own)
+            self._check(index, own)
+            self._kept[index] = torch.frombuffer(own, dtype=torch.uint8) if piece.nbytes else torch.empty(0, dtype=torch.uint8)
             done += piece.nbytes
             if progress is not None:
                 progress(done, total)
