@@ -124,8 +124,9 @@ class FlashInferPackage(Installed):
         """The wrapper of this kind, device and stream, planned by plan(wrapper) unless it is for the same tensors and facts already."""
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise UnsupportedError("flashinfer plans on the host, which a CUDA graph cannot hold; capture with backend='triton', or "
-                                   "install flash-attn and use pages of 256 tokens")
+            words = ("flashinfer plans on the host, which a CUDA graph cannot hold; capture with backend='triton', or install flash-attn "
+                     "and use pages of 256 tokens")
+            raise UnsupportedError(words, {"hopper": [words]})
         known = self._planned.get((kind, q.device, stream))
         if known is None:
             workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)

@@ -168,6 +168,7 @@ def _coding_seconds(coding: Coding, values: torch.Tensor, rank: int) -> float:
     for _ in range(7):
         began = time.perf_counter()
         payload = coding.encode(values if coding.on_device else values.cpu(), 0)
+        payload = payload.clone() if coding.on_device else payload             # as another rank's: its own stays on the device
         coding.decode(payload, rank, 0, values.numel()).to(values.device)[-1:].cpu()           # waits for the device
         times.append(time.perf_counter() - began)
     return min(times) / 2

@@ -61,11 +61,12 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def orderly_end() -> Iterator[None]:
-    """What would end this process at once ends its children first: Python unwinds."""
+    """What would end this process at once ends its children first: Python unwinds. What it ignores (nohup) it goes on ignoring."""
     def leave(number, frame):
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) not in (signal.SIG_IGN, None)}
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 
 import torch
 
@@ -20,7 +21,8 @@ MARGIN_S = 15.0                        # for a child to end its ranks and say wh
 
 def apart(name: str, device: torch.device, quick: bool, limit_s: float) -> Outcome:
     """The outcome of the check of that name from a child, which is ended after limit_s seconds."""
-    arguments = [name, str(device), f"{max(1.0, limit_s - MARGIN_S):.1f}", *(["--quick"] if quick else [])]
+    deadline = time.monotonic() + max(1.0, limit_s - MARGIN_S)                  # one clock for all processes of a machine
+    arguments = [name, str(device), f"{deadline:.1f}", *(["--quick"] if quick else [])]
     return outcome_of(child("hetero_attn.testing.gpu.inside", arguments, limit_s), limit_s)
 
 

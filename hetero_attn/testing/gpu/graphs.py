@@ -17,7 +17,7 @@ from hetero_attn.testing.gpu.graph_seam import Seam, seam_of
 from hetero_attn.testing.gpu.outcome import FAILED, PASSED, Outcome, skipped
 
 CAPTURABLE = ("triton", "hopper")                    # what promises it; sdpa's packed route runs sequence by sequence
-RIGHT, OBJECTED = "as a plain call", "it does not take the call"
+RIGHT, OBJECTED = "as a plain call", "it does not take the call, or not into a graph"
 
 
 def as_plain(call, refill, seam) -> bool:
