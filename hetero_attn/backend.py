@@ -167,3 +167,24 @@ class AbsentBackend(Backend):
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         return []
+
+
+class LaunchedBackend(Backend):
+    """A backend whose kernels `launcher` starts: there where the launcher has no reasons and, if it `probes`, a small real call works. Each
+    device is asked once."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self._reasons: dict[int | None, list[str]] = {}      # by device, None = the current one
+
+    def unavailable_reasons(self) -> list[str]:
+        return self.unavailable_on(None)
+
+    def unavailable_on(self, index: int | None) -> list[str]:
+        if index not in self._reasons:
+            self._reasons[index] = self.launcher.unavailable_reasons(index) or (self.probe(index) if self.launcher.probes else [])
+        return list(self._reasons[index])
+
+    def probe(self, index: int | None = None) -> list[str]:
+        """A small real call: why it did not work, [] = it did."""
+        return []

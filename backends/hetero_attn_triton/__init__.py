@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from hetero_attn.backend import Backend, withdrawn
+from hetero_attn.backend import LaunchedBackend, withdrawn
 from hetero_attn.profile import DeviceProfile
 from hetero_attn.spec import HALF_DTYPES, AttentionSpec, Operands, dtype_name
 from hetero_attn_triton import calls, norm_calls, tiling
@@ -20,28 +20,16 @@ from hetero_attn_triton.tiling import MAX_HEAD_DIM, Demand, Device, Plan, Tile
 DTYPES = (*HALF_DTYPES, torch.float32)
 
 
-class TritonBackend(Backend):
+class TritonBackend(LaunchedBackend):
     """launcher: what runs the kernels, Triton's own compiler by default."""
 
     name = "triton"
     judges_lengths = False
 
     def __init__(self, launcher: Launcher | None = None) -> None:
-        self.launcher = launcher or GpuLauncher()
-        self._reasons: dict[int | None, list[str]] = {}               # by device, None = the current one
+        super().__init__(launcher or GpuLauncher())
         self._refused: dict[tuple[Device, Demand], frozenset[Tile]] = {}       # tiles that a device turned out not to hold
         self._uncompiled: dict[tuple, str] = {}                       # kind of call -> the compiler's words, see _kind
-
-    def unavailable_reasons(self) -> list[str]:
-        return self._looked_at(None)
-
-    def unavailable_on(self, index: int) -> list[str]:
-        return self._looked_at(index)
-
-    def _looked_at(self, index: int | None) -> list[str]:
-        if index not in self._reasons:
-            self._reasons[index] = self.launcher.unavailable_reasons(index) or (self.probe(index) if self.launcher.probes else [])
-        return list(self._reasons[index])
 
     def probe(self, index: int | None = None) -> list[str]:
         """A small real call on a prefill's tile: why it did not work, [] = it did. Compiling takes seconds the first time."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from hetero_attn.backend import Backend
+from hetero_attn.backend import LaunchedBackend
 from hetero_attn.cubin import Cubin
 from hetero_attn.profile import load_profile
 from hetero_attn.spec import AttentionSpec, Operands, dtype_name
@@ -20,27 +20,15 @@ from hetero_attn_volta.tiling import MAX_HEAD_DIM, Plan, plan
 ARCH = "sm_70"
 
 
-class VoltaBackend(Backend):
+class VoltaBackend(LaunchedBackend):
     """launcher: what runs the kernels, CuPy's by default."""
 
     name = "volta"
     judges_lengths = False
 
     def __init__(self, launcher: Launcher | None = None) -> None:
-        self.launcher = launcher or CudaLauncher()
+        super().__init__(launcher or CudaLauncher())
         self.hardware = load_profile("v100").hardware
-        self._reasons: dict[int | None, list[str]] = {}      # by device, None = the current one
-
-    def unavailable_reasons(self) -> list[str]:
-        return self._looked_at(None)
-
-    def unavailable_on(self, index: int) -> list[str]:
-        return self._looked_at(index)
-
-    def _looked_at(self, index: int | None) -> list[str]:
-        if index not in self._reasons:
-            self._reasons[index] = self.launcher.unavailable_reasons(index) or (self.probe(index) if self.launcher.probes else [])
-        return list(self._reasons[index])
 
     def probe(self, index: int | None = None) -> list[str]:
         """A tiny real call, prefill and decode: why it did not work, [] = it did."""

@@ -16,6 +16,7 @@ from hetero_attn.communicator import Communicator, add_and_norm
 from hetero_attn.models.config import ModelConfig
 from hetero_attn.models.decoder import Decoder
 from hetero_attn.registry import linear_backend
+from hetero_attn.testing.random_weights import randomised
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,7 @@ def random_decoder(shape: Shape, communicator: Communicator, profile) -> Decoder
     the caches hold no layer's weights until the next step either way."""
     decoder = Decoder(shape.config(), communicator, dtype=getattr(torch, shape.dtype), kv_block_size=profile.kv_block_size, profile=profile)
     decoder.use_backend(linear_backend(profile))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-    return decoder.eval()
+    return randomised(decoder)
 
 
 class Silent(Communicator):

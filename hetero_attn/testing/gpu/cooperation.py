@@ -25,6 +25,7 @@ from hetero_attn.profile import load_profile
 from hetero_attn.quantity import shown_bytes, shown_seconds
 from hetero_attn.testing.cooperation import Way, limits, prepare, run, settle
 from hetero_attn.testing.gpu.outcome import Figure, Outcome, judged
+from hetero_attn.testing.random_weights import randomised
 
 VOCAB = 8192
 FAR = {"cuda": 2e-2, "cpu": 0.0}     # of the largest logit: 16-bit layers by two backends; on the CPU one backend serves both sides
@@ -95,14 +96,7 @@ def random_decoder(scenario: Scenario, device: torch.device, profile) -> Decoder
     decoder = Decoder(scenario.config(), SoloCommunicator(device=device), dtype=scenario.dtype, device=device,
                       kv_block_size=profile.kv_block_size, profile=profile)
     decoder.use_backend(registry.linear_backend(profile), registry.norm_backend(profile))
-    generator = torch.Generator(device).manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-    return decoder.eval()
+    return randomised(decoder)
 
 
 def alone(decoder: Decoder, name: str, asked: str | int, limit: int | None, prompt: list[int], scenario: Scenario) -> int:
